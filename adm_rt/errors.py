@@ -1,0 +1,17 @@
+"""The package's own exceptions. Wrong arguments are plain ``ValueError`` / ``TypeError``."""
+
+
+class CheckpointError(ValueError):
+    """A weight file or model folder is unreadable, damaged, unsafe or of another model."""
+
+
+class MissingExtraError(ImportError):
+    """An optional dependency is needed; the message says how to install it."""
+
+
+class NonFiniteError(RuntimeError):
+    """NaN or infinity appeared where the result would be worthless."""
+
+
+class SamplingInterrupted(KeyboardInterrupt):
+    """Ctrl-C arrived during sampling; nothing half-written is left behind."""

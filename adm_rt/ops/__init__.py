@@ -1,0 +1,38 @@
+"""The three ops of ADM and the noise they share; ``reference`` is their specification.
+
+Importing this package imports neither torch nor the compiled extension.
+"""
+
+import importlib
+
+from adm_rt.ops._backend import reference_forced, use_reference
+from adm_rt.ops.guided_mean_update import StepCoefficients, guided_mean_update
+from adm_rt.ops.philox import philox_normal
+
+try:  # until the kernels land
+    from adm_rt.ops.ada_group_norm import ada_group_norm
+except ImportError:
+    def ada_group_norm(*args, **kwargs):
+        return importlib.import_module("adm_rt.ops.reference").ada_group_norm(*args, **kwargs)
+try:
+    from adm_rt.ops.qkv_attention import qkv_attention
+except ImportError:
+    def qkv_attention(*args, **kwargs):
+        return importlib.import_module("adm_rt.ops.reference").qkv_attention(*args, **kwargs)
+
+__all__ = [
+    "StepCoefficients",
+    "ada_group_norm",
+    "guided_mean_update",
+    "philox_normal",
+    "qkv_attention",
+    "reference",
+    "reference_forced",
+    "use_reference",
+]
+
+
+def __getattr__(name):
+    if name == "reference":
+        return importlib.import_module("adm_rt.ops.reference")
+    raise AttributeError(f"module 'adm_rt.ops' has no attribute {name!r}")

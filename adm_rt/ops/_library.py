@@ -1,0 +1,75 @@
+"""The compiled extension and the ``torch.ops.adm_rt`` library, both opened on first use.
+
+An op module keeps its registration in a function that calls ``define`` once per schema, so that
+importing ``adm_rt.ops`` imports neither torch nor the extension. ``register_torch_ops()`` makes
+all of ``torch.ops.adm_rt.*`` exist at once, for programs that name the ops without calling them
+(loading an exported graph, for one).
+"""
+
+import functools
+import importlib
+import threading
+
+BUILD_COMMAND = "pip install ."
+INPLACE_BUILD_COMMAND = "python setup.py build_ext --inplace"
+
+_lock = threading.RLock()
+_overloads = {}
+
+
+@functools.cache
+def extension():
+    """The module ``adm_rt._C``. Raises ImportError that names the build command."""
+    try:
+        return importlib.import_module("adm_rt._C")
+    except ModuleNotFoundError as error:
+        if error.name != "adm_rt._C":
+            raise
+        raise ImportError(
+            "the compiled kernels of adm_rt (adm_rt._C) are not built: run "
+            f"`{BUILD_COMMAND}` in the source tree (or `{INPLACE_BUILD_COMMAND}` to use the tree "
+            "itself), or run inside `with adm_rt.ops.use_reference():` to do without them"
+        ) from error
+
+
+def extension_available():
+    """Whether ``adm_rt._C`` can be imported."""
+    try:
+        extension()
+    except ImportError:
+        return False
+    return True
+
+
+@functools.cache
+def library():
+    """The ``torch.library.Library`` that owns the namespace ``adm_rt``."""
+    import torch
+
+    return torch.library.Library("adm_rt", "DEF")
+
+
+def define(schema, *, cpu, fake):
+    """Register one op and return its ``OpOverload``; the same schema again returns the same one.
+
+    schema: "name(Tensor x, ...) -> Tensor"; cpu: the implementation on CPU tensors; fake: the same
+    signature on tensors without data (shapes, dtypes and strides only), for export and compile.
+    """
+    import torch
+
+    with _lock:
+        if schema not in _overloads:
+            name = library().define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+            name = name or schema.split("(")[0]
+            library().impl(name, cpu, "CPU")
+            torch.library.register_fake(f"adm_rt::{name}", fake, lib=library())
+            _overloads[schema] = getattr(torch.ops.adm_rt, name).default
+        return _overloads[schema]
+
+
+def register_torch_ops():
+    """Define every op of the package in ``torch.ops.adm_rt``."""
+    for name in ("ada_group_norm", "qkv_attention", "guided_mean_update"):
+        register = getattr(importlib.import_module(f"adm_rt.ops.{name}"), "register", None)
+        if register is not None:
+            register()

@@ -47,6 +47,7 @@ _MAX_ANGLE = np.deg2rad(8.0)
 _MAX_SHEAR = 0.12
 _MIN_SCALE = 0.8
 _MAX_SHIFT = 0.08
+_INSIDE = 0.5 - 1 / 32  # shifts keep the inked box within this distance of the centre
 _LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601
 _NUM_DRAWS = 20  # uniforms of one image; its label is drawn apart
 _CHUNK_PIXELS = 1 << 16  # pixels composited at a time, so that the temporaries stay in cache
@@ -199,9 +200,8 @@ def _sample(bank, ids, angle, shear, scale, shift) -> np.ndarray:
     forward = np.empty((len(ids), 2, 2))
     forward[:, 0, 0], forward[:, 0, 1] = cos, shear * cos - sin
     forward[:, 1, 0], forward[:, 1, 1] = sin, shear * sin + cos
-    # Shifts stay where the whole inked box stays inside the image.
     reach = np.einsum("nij,nj->ni", np.abs(forward), bank.half_size[ids])
-    shift = shift * np.clip(0.5 - 1 / bank.image_size - reach, 0, _MAX_SHIFT)
+    shift = shift * np.clip(_INSIDE - reach, 0, _MAX_SHIFT)
     inverse = np.linalg.inv(forward)
     centre = (bank.side - 1) / 2
     offset = centre - np.einsum("nij,nj->ni", inverse, shift) * bank.image_size * bank.oversample

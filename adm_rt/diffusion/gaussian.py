@@ -1,8 +1,8 @@
 """The process' Gaussian formulas as pure functions of arrays; NumPy arrays and torch tensors alike.
 
-``t`` is an int64 array/tensor [N] of positions in the (respaced) process, or one int for all images;
-``x``-like arguments are [N, C, ...]. Table values are looked up in float64 and then cast to float32
-(to float64 for float64 images), as the released models were trained and sampled.
+``t`` is an int64 array or tensor [N] of positions in the (respaced) process, or one int for all
+images; ``x``-like arguments are [N, C, ...]. Table values are looked up in float64 and then cast to
+float32 (to float64 for float64 images), as the released models were trained and sampled.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from adm_rt.diffusion.schedule import Diffusion
 
 
 def extract(table: np.ndarray, t, like):
-    """``table[t]`` in the array type, device and precision of ``like``, shaped [N or 1, 1, 1, ...]."""
+    """``table[t]`` in the array type, device and precision of ``like``, shape [N or 1, 1, ...]."""
     if isinstance(like, np.ndarray):
         dtype = np.float64 if like.dtype == np.float64 else np.float32
         values = np.asarray(table)[np.atleast_1d(np.asarray(t))].astype(dtype)
@@ -82,8 +82,8 @@ def split_output(diffusion: Diffusion, model_output, channels: int):
     expected = 2 * channels if diffusion.learn_sigma else channels
     if model_output.shape[1] != expected:
         raise ValueError(
-            f"model_output has {model_output.shape[1]} channels; learn_sigma={diffusion.learn_sigma} "
-            f"with {channels}-channel images needs {expected}. Set learn_sigma to match the network."
+            f"model_output has {model_output.shape[1]} channels; {channels}-channel images with "
+            f"learn_sigma={diffusion.learn_sigma} need {expected}. Set it as trained."
         )
     if not diffusion.learn_sigma:
         return model_output, None

@@ -19,7 +19,7 @@ LOSS_TYPES = ("mse", "rescaled_mse", "kl", "rescaled_kl")
 
 
 def q_sample(diffusion: Diffusion, x0, t, noise):
-    """x_t for images ``x0`` [N, C, H, W] in [-1, 1], positions ``t`` int64 [N], normal ``noise``."""
+    """x_t for images ``x0`` [N, C, H, W] in [-1, 1] at positions ``t`` int64 [N]."""
     return gaussian.q_sample(diffusion, x0, t, noise)
 
 
@@ -56,8 +56,8 @@ def discretized_gaussian_log_likelihood(x, mean, log_scale):
 def vb_terms_bpd(diffusion: Diffusion, model_output, x0, x_t, t):
     """One term of the variational bound, [N], in bits per dimension.
 
-    KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) for t > 0, and -log p(x_0 | x_1) of the discretised
-    Gaussian at t = 0. The predicted x_0 is not clipped.
+    KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) for t > 0, and -log p(x_0 | x_1) of the
+    discretised Gaussian at t = 0. The predicted x_0 is not clipped.
     """
     true_mean, true_log_variance = gaussian.q_posterior(diffusion, x0, x_t, t)
     mean, log_variance, _ = gaussian.p_mean_variance(diffusion, model_output, x_t, t, clip=False)

@@ -1,9 +1,9 @@
 """Noise schedules and respaced processes as float64 tables. NumPy only.
 
 Sources: DDPM (arXiv 2006.11239) section 2 for the posterior, Improved DDPM (arXiv 2102.09672)
-section 3.2 for the cosine schedule and section 4 for fewer steps. Tables are indexed by the position
-``i`` in the (possibly respaced) process, ``i = 0`` being the least noisy; the network is always told
-the timestep of the original process, see :meth:`Diffusion.model_timestep`.
+section 3.2 for the cosine schedule and section 4 for fewer steps. Tables are indexed by the
+position ``i`` in the (possibly respaced) process, ``i = 0`` being the least noisy; the network is
+always told the timestep of the original process, see :meth:`Diffusion.model_timestep`.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ def betas_of(noise_schedule: str, steps: int) -> np.ndarray:
         if betas[-1] >= 1:
             raise ValueError(
                 f"steps={steps} is too few for noise_schedule='linear', whose last beta would be "
-                f"{betas[-1]:.3g} (it must stay below 1). Use steps >= 21, or 'cosine', or steps=1000 "
-                "with timestep_respacing for a short process."
+                f"{betas[-1]:.3g} (it must stay below 1). Use steps >= 21, or 'cosine', or "
+                "steps=1000 with timestep_respacing for a short process."
             )
         return betas
     if noise_schedule == "cosine":
@@ -60,17 +60,17 @@ def ddim_step_counts(steps: int) -> list[int]:
 def respaced_timesteps(steps: int, respacing: str | int = "") -> np.ndarray:
     """The original timesteps kept by a respacing string, ascending int64.
 
-    ``""`` keeps all. ``"N"`` or ``"a,b,..."`` splits ``range(steps)`` into as many sections as there
-    are numbers, the first one starting at t=0, and keeps that many evenly spaced steps of each
-    section, both ends included. ``"ddimN"`` uses the smallest integer stride that gives exactly N
+    ``""`` keeps all. ``"N"`` or ``"a,b,..."`` splits ``range(steps)`` into as many sections as
+    there are numbers, the first one starting at t=0, and keeps that many evenly spaced steps of
+    each section, both ends included. ``"ddimN"`` uses the smallest integer stride that gives exactly N
     steps, as in the DDIM paper; it starts at 0 and need not reach the last step.
 
     Raises ValueError, naming the nearest valid string, if no such process exists.
     """
     if isinstance(respacing, bool) or not isinstance(respacing, (str, numbers.Integral)):
         raise TypeError(
-            f"timestep_respacing must be a string such as '25', 'ddim25' or '90,60,60,20,20' (or an "
-            f"int), not {type(respacing).__name__} {respacing!r}."
+            f"timestep_respacing must be a string such as '25', 'ddim25' or '90,60,60,20,20' (or "
+            f"an int), not {type(respacing).__name__} {respacing!r}."
         )
     text = str(respacing).strip()
     if text == "":
@@ -112,8 +112,8 @@ def _count(part: str, text: str, steps: int) -> int:
         count = int(part)
     except ValueError:
         raise ValueError(
-            f"timestep_respacing={text!r} is not understood at {part!r}. Use '' (all {steps} steps), "
-            "a number of steps such as '25', one number per section such as '90,60,60,20,20', or "
+            f"timestep_respacing={text!r} is not understood at {part!r}. Use '' (all {steps} "
+            "steps), a number of steps such as '25', one number per section such as '90,60,60,20,20', or "
             "'ddimN' such as 'ddim25'."
         ) from None
     if count < 1:
@@ -175,9 +175,7 @@ class Diffusion:
         if isinstance(steps, bool) or not isinstance(steps, numbers.Integral):
             raise TypeError(f"steps must be an int, not {type(steps).__name__} {steps!r}.")
         if steps < 1:
-            raise ValueError(
-                f"steps={steps} is not allowed; use at least 1 (released models: 1000)."
-            )
+            raise ValueError(f"steps={steps} is not allowed; use at least 1 (usually 1000).")
         if predict_xstart and predict_previous:
             raise ValueError(
                 "predict_xstart and predict_previous are both True; a network has one target. "
@@ -256,13 +254,11 @@ class Diffusion:
     def model_timestep(self, i: int) -> float:
         """What the network is fed at position ``i`` of this process."""
         if not 0 <= i < self.num_timesteps:
-            raise ValueError(
-                f"i={i} is not a step of this process; use 0 to {self.num_timesteps - 1}."
-            )
+            raise ValueError(f"i={i} is not a step of this process, 0 to {self.num_timesteps - 1}.")
         return self.scaled_timestep(self.timestep_map[i])
 
     def model_timesteps(self, t):
-        """:meth:`model_timestep` for an int64 array or torch tensor [N] of positions, as float32."""
+        """:meth:`model_timestep` for an int64 array or tensor [N] of positions, as float32."""
         table = self.timestep_map * (1000.0 / self.steps if self.rescale_timesteps else 1.0)
         if isinstance(t, np.ndarray):
             return table[t].astype(np.float32)

@@ -62,8 +62,9 @@ def nearest(name: str, known) -> str:
 class ModelConfig:
     """What one network is.
 
-    ``image_size`` is the side of the square output (``large_size`` for an upsampler). ``kind`` chooses
-    the class: "diffusion" -> UNet, "upsampler" -> SuperResUNet, "classifier" -> NoisyClassifier.
+    ``image_size`` is the side of the square output (``large_size`` for an upsampler). ``kind``
+    chooses the class: "diffusion" -> UNet, "upsampler" -> SuperResUNet, "classifier" ->
+    NoisyClassifier.
     ``null_class`` adds one embedding row with index ``num_classes`` for classifier-free guidance.
     ``rescale_residual`` divides every residual sum by sqrt(2) (the paper's ablation, section 3).
 
@@ -116,6 +117,12 @@ class ModelConfig:
         self._check_choice("pool", POOLS)
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout={self.dropout} must be in [0, 1).")
+        if self.kind == "classifier" and self.class_cond:
+            raise ValueError("class_cond=True: a classifier takes no labels; leave class_cond out.")
+        if self.kind == "classifier" and self.pool == "attention" and self.num_head_channels == -1:
+            raise ValueError(
+                "num_head_channels=-1: pool='attention' needs channels per head (published: 64)."
+            )
         if self.null_class and not self.class_cond:
             raise ValueError("null_class=True needs class_cond=True (an embedding to add it to).")
         self._check_channels()
@@ -131,8 +138,8 @@ class ModelConfig:
                 set_(self, "large_size", self.image_size)
             elif self.image_size not in (default, self.large_size):
                 raise ValueError(
-                    f"image_size={self.image_size} and large_size={self.large_size} disagree: for an "
-                    "upsampler they are the same number; give large_size only."
+                    f"image_size={self.image_size} and large_size={self.large_size} disagree: for "
+                    "an upsampler they are the same number; give large_size only."
                 )
             set_(self, "image_size", self.large_size)
             if not self.small_size:
@@ -145,8 +152,8 @@ class ModelConfig:
                 )
         elif self.large_size or self.small_size:
             raise ValueError(
-                f"large_size={self.large_size}, small_size={self.small_size} are flags of an upsampler, "
-                f"but kind={self.kind!r}. Use kind='upsampler', or leave both at 0."
+                f"large_size={self.large_size}, small_size={self.small_size} are flags of an "
+                f"upsampler, but kind={self.kind!r}. Use kind='upsampler', or leave both at 0."
             )
         self._check_range("image_size", 1, _MAX_IMAGE_SIZE)
 
@@ -182,9 +189,7 @@ class ModelConfig:
         for name in ("num_head_channels", "num_heads", "num_heads_upsample"):
             value = getattr(self, name)
             if value != -1 and not 1 <= value <= _MAX_CHANNELS:
-                raise ValueError(
-                    f"{name}={value} must be -1 (not used) or in [1, {_MAX_CHANNELS}]."
-                )
+                raise ValueError(f"{name}={value} must be -1 (not used) or 1 to {_MAX_CHANNELS}.")
         if self.num_head_channels == -1 and self.num_heads == -1:
             raise ValueError("num_heads=-1 and num_head_channels=-1: give one of them.")
         # The middle block always attends, whatever attention_resolutions says.
@@ -195,8 +200,8 @@ class ModelConfig:
             for name, divisor in self._head_divisors():
                 if width % divisor:
                     raise ValueError(
-                        f"{name}={divisor} does not divide the {width} channels of an attention block "
-                        f"(num_channels={self.num_channels}, channel_mult={_join(mult)!r})."
+                        f"{name}={divisor} does not divide the {width} channels of an attention "
+                        f"block (num_channels={self.num_channels}, channel_mult={_join(mult)!r})."
                     )
 
     def _head_divisors(self):
@@ -237,7 +242,7 @@ class ModelConfig:
 
     @property
     def out_channels(self) -> int:
-        """Channels of the output: num_classes for a classifier, else in_channels (twice if learn_sigma)."""
+        """num_classes for a classifier, else in_channels (twice that with learn_sigma)."""
         if self.kind == "classifier":
             return self.num_classes
         return self.in_channels * (2 if self.learn_sigma else 1)
@@ -257,7 +262,7 @@ class ModelConfig:
         return 4 * self.num_channels
 
     def heads(self, channels: int, upsample: bool = False) -> int:
-        """Number of attention heads of a block with ``channels``; ``upsample``: in output_blocks."""
+        """Attention heads of a block with ``channels``; ``upsample``: it is in output_blocks."""
         if self.num_head_channels != -1:
             return channels // self.num_head_channels
         if upsample and self.num_heads_upsample != -1:
@@ -282,7 +287,7 @@ class ModelConfig:
         channel_mult: str = "",
         **flags,
     ) -> ModelConfig:
-        """A noisy classifier from guided-diffusion's classifier flags; ``flags`` are further fields."""
+        """A noisy classifier by guided-diffusion's flags; ``flags`` are further fields."""
         unknown = [k for k in flags if k not in cls.__dataclass_fields__ or k == "kind"]
         if unknown:
             known = [*_CLASSIFIER_FLAGS, *cls.__dataclass_fields__]
@@ -343,7 +348,7 @@ class ModelConfig:
 
 
 def normalize_flags(flags: dict[str, Any], kind: str | None = None) -> dict[str, Any]:
-    """Flags under our field names: classifier_* names are mapped, an unknown name raises ValueError."""
+    """Flags under our field names: classifier_* are mapped, unknown names raise ValueError."""
     kind = flags.get("kind", kind)
     fields = ModelConfig.__dataclass_fields__
     out: dict[str, Any] = {}
@@ -388,14 +393,14 @@ def _coerce(field: dataclasses.Field, value: Any) -> Any:
         return float(value)
     if name == "channel_mult":
         if isinstance(value, (tuple, list)):
-            value = _join(value)
+            value = ",".join(map(str, value))
         if isinstance(value, str):
             return _join(_parse_mult(value)) if value.strip() else ""
     elif name == "attention_resolutions":
         if isinstance(value, numbers.Integral) and not isinstance(value, bool):
             value = str(value)
         if isinstance(value, (tuple, list)):
-            value = _join(value)
+            value = ",".join(map(str, value))
         if isinstance(value, str):
             return _join(_parse_resolutions(value))
     elif isinstance(value, str):
@@ -404,7 +409,8 @@ def _coerce(field: dataclasses.Field, value: Any) -> Any:
 
 
 def _join(values) -> str:
-    return ",".join(f"{v:g}" if isinstance(v, numbers.Real) else str(v) for v in values)
+    # repr of a float is exact; a rounded multiplier could change int(mult * num_channels).
+    return ",".join(str(int(v)) if v == int(v) else repr(float(v)) for v in values)
 
 
 def _parse_mult(text: str) -> tuple[float, ...]:
@@ -429,7 +435,7 @@ def _parse_resolutions(text: str) -> tuple[int, ...]:
         values = (0,)
     if len(values) > 2 * _MAX_LEVELS or not all(1 <= v <= _MAX_IMAGE_SIZE for v in values):
         raise ValueError(
-            f"attention_resolutions={text[:80]!r} must be positive spatial sizes separated by commas, "
-            "such as '32,16,8' (or '' for attention in the middle block only)."
+            f"attention_resolutions={text[:80]!r} must be positive spatial sizes separated by "
+            "commas, such as '32,16,8' (or '' for attention in the middle block only)."
         )
     return values

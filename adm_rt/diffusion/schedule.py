@@ -62,8 +62,8 @@ def respaced_timesteps(steps: int, respacing: str | int = "") -> np.ndarray:
 
     ``""`` keeps all. ``"N"`` or ``"a,b,..."`` splits ``range(steps)`` into as many sections as
     there are numbers, the first one starting at t=0, and keeps that many evenly spaced steps of
-    each section, both ends included. ``"ddimN"`` uses the smallest integer stride that gives exactly N
-    steps, as in the DDIM paper; it starts at 0 and need not reach the last step.
+    each section, both ends included. ``"ddimN"`` uses the smallest integer stride that gives
+    exactly N steps, as in the DDIM paper; it starts at 0 and need not reach the last step.
 
     Raises ValueError, naming the nearest valid string, if no such process exists.
     """
@@ -113,8 +113,8 @@ def _count(part: str, text: str, steps: int) -> int:
     except ValueError:
         raise ValueError(
             f"timestep_respacing={text!r} is not understood at {part!r}. Use '' (all {steps} "
-            "steps), a number of steps such as '25', one number per section such as '90,60,60,20,20', or "
-            "'ddimN' such as 'ddim25'."
+            "steps), a number of steps such as '25', one number per section such as "
+            "'90,60,60,20,20', or 'ddimN' such as 'ddim25'."
         ) from None
     if count < 1:
         raise ValueError(

@@ -1,0 +1,263 @@
+#include "common/thread_pool.h"
+
+#include <pthread.h>
+#include <sched.h>
+#include <signal.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <cstdio>
+#include <cstdlib>
+#include <exception>
+#include <mutex>
+#include <system_error>
+#include <thread>
+#include <vector>
+
+#include "common/check.h"
+
+namespace adm_rt {
+namespace {
+
+constexpr int kMaxThreads = 1024;
+constexpr int64_t kRangesPerThread = 4;  // for balance when the cores are not equally free
+constexpr auto kSpin = std::chrono::microseconds(30);
+
+thread_local bool inside_body = false;
+
+inline void pause_cpu() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#endif
+}
+
+// Spins for at most kSpin until done() holds: cheaper than a sleep between the ops of one network.
+template <typename Done>
+bool spin_until(const Done& done) {
+  const auto end = std::chrono::steady_clock::now() + kSpin;
+  do {
+    for (int i = 0; i < 64; ++i) {
+      if (done()) return true;
+      pause_cpu();
+    }
+  } while (std::chrono::steady_clock::now() < end);
+  return done();
+}
+
+struct Job {
+  const std::function<void(int64_t, int64_t)>* body;
+  int64_t n;
+  int64_t chunk;
+  std::atomic<int64_t> next{0};
+  std::atomic<int> workers{0};  // changed under the pool's mutex
+  std::atomic<bool> failed{false};
+  std::exception_ptr error;
+
+  void run() {
+    const bool was_inside = inside_body;
+    inside_body = true;
+    while (!failed.load(std::memory_order_relaxed)) {
+      const int64_t begin = next.fetch_add(chunk, std::memory_order_relaxed);
+      if (begin >= n) break;
+      try {
+        (*body)(begin, std::min(n, begin + chunk));
+      } catch (...) {
+        if (!failed.exchange(true)) error = std::current_exception();
+      }
+    }
+    inside_body = was_inside;
+  }
+};
+
+class Pool {
+ public:
+  explicit Pool(int threads) : pid_(getpid()) { start(threads); }
+
+  pid_t pid() const { return pid_; }
+  int threads() const { return threads_.load(std::memory_order_relaxed); }
+
+  void resize(int threads) {
+    std::lock_guard<std::mutex> owner(owner_);
+    if (threads == this->threads()) return;
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      stop_ = true;
+      epoch_.fetch_add(1, std::memory_order_release);
+    }
+    wake_.notify_all();
+    for (std::thread& worker : workers_) worker.join();
+    workers_.clear();
+    stop_ = false;
+    start(threads);
+  }
+
+  void run(int64_t n, int64_t grain, const std::function<void(int64_t, int64_t)>& body) {
+    std::unique_lock<std::mutex> owner(owner_, std::try_to_lock);
+    const int64_t threads = this->threads();
+    if (!owner.owns_lock() || threads == 1) {
+      body(0, n);
+      return;
+    }
+    Job job;
+    job.body = &body;
+    job.n = n;
+    job.chunk =
+        std::max(grain, (n + threads * kRangesPerThread - 1) / (threads * kRangesPerThread));
+    int sleepers = 0;
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      job_ = &job;
+      epoch_.fetch_add(1, std::memory_order_release);
+      sleepers = sleepers_;
+    }
+    // No more threads than there are ranges for them.
+    const int64_t wanted = (n + job.chunk - 1) / job.chunk - 1;
+    for (int64_t i = 0; i < std::min<int64_t>(wanted, sleepers); ++i) wake_.notify_one();
+    job.run();
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      job_ = nullptr;  // a worker that comes late finds nothing and does not hold us up
+    }
+    const auto idle = [&] { return job.workers.load(std::memory_order_acquire) == 0; };
+    spin_until(idle);
+    {
+      // Also taken after a lucky spin: the last worker may still be inside its critical section.
+      std::unique_lock<std::mutex> lock(mutex_);
+      done_.wait(lock, idle);
+    }
+    if (job.error) std::rethrow_exception(job.error);
+  }
+
+ private:
+  void start(int threads) {
+    // Signals belong to the program's own threads: Python's handlers expect the main one.
+    sigset_t all, old;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &old);
+    int started = 1;
+    try {
+      for (; started < threads; ++started) workers_.emplace_back([this] { work(); });
+    } catch (const std::system_error&) {
+      // A limit on processes: go on with the threads that there are.
+    }
+    pthread_sigmask(SIG_SETMASK, &old, nullptr);
+    threads_.store(started, std::memory_order_relaxed);
+  }
+
+  void work() {
+    uint64_t seen = 0;
+    const auto changed = [&] { return epoch_.load(std::memory_order_acquire) != seen; };
+    while (true) {
+      spin_until(changed);
+      Job* job = nullptr;
+      {
+        std::unique_lock<std::mutex> lock(mutex_);
+        if (!changed()) {
+          ++sleepers_;
+          wake_.wait(lock, changed);
+          --sleepers_;
+        }
+        seen = epoch_.load(std::memory_order_relaxed);
+        if (stop_) return;
+        job = job_;
+        if (job != nullptr) job->workers.fetch_add(1, std::memory_order_relaxed);
+      }
+      if (job == nullptr) continue;
+      job->run();
+      std::lock_guard<std::mutex> lock(mutex_);
+      // Notified under the lock: the caller's Job is gone as soon as it sees zero and gets the
+      // lock.
+      if (job->workers.fetch_sub(1, std::memory_order_release) == 1) done_.notify_one();
+    }
+  }
+
+  const pid_t pid_;
+  std::mutex owner_;  // held by the thread whose job runs
+  std::mutex mutex_;  // guards the fields below
+  std::condition_variable wake_;
+  std::condition_variable done_;
+  Job* job_ = nullptr;
+  int sleepers_ = 0;
+  bool stop_ = false;
+  std::atomic<uint64_t> epoch_{0};
+  std::atomic<int> threads_{1};
+  std::vector<std::thread> workers_;
+};
+
+int positive_env(const char* name) {
+  const char* text = std::getenv(name);
+  if (text == nullptr) return 0;
+  const int value = std::atoi(text);  // OMP_NUM_THREADS may be a list: its first number
+  return value > 0 ? std::min(value, kMaxThreads) : 0;
+}
+
+// The CPU quota of the cgroup (v2) in whole cores, rounded up; 0 when there is none.
+int cgroup_quota() {
+  std::FILE* file = std::fopen("/sys/fs/cgroup/cpu.max", "r");
+  if (file == nullptr) return 0;
+  long long quota = 0, period = 0;
+  const int fields = std::fscanf(file, "%lld %lld", &quota, &period);
+  std::fclose(file);
+  if (fields != 2 || quota <= 0 || period <= 0) return 0;
+  return static_cast<int>(std::min<long long>((quota + period - 1) / period, kMaxThreads));
+}
+
+int default_threads() {
+  if (const int n = positive_env("ADM_RT_NUM_THREADS")) return n;
+  if (const int n = positive_env("OMP_NUM_THREADS")) return n;
+  int cores = static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
+  cpu_set_t allowed;
+  if (sched_getaffinity(0, sizeof(allowed), &allowed) == 0) cores = CPU_COUNT(&allowed);
+  if (const int quota = cgroup_quota()) cores = std::min(cores, quota);
+  return std::max(1, std::min(cores, kMaxThreads));
+}
+
+std::atomic<int> wanted_threads{0};
+std::atomic<Pool*> shared_pool{nullptr};
+
+// Pools are never destroyed: at exit their threads may be waiting, and after fork() the parent's
+// mutexes may be locked for ever. A child therefore leaves the parent's object alone.
+Pool& pool() {
+  Pool* current = shared_pool.load(std::memory_order_acquire);
+  if (current != nullptr && current->pid() == getpid()) return *current;
+  Pool* fresh = new Pool(num_threads());
+  while (!shared_pool.compare_exchange_strong(current, fresh, std::memory_order_acq_rel)) {
+    // Another thread of this process was first: use its pool, let ours sleep.
+    if (current != nullptr && current->pid() == getpid()) return *current;
+  }
+  return *fresh;
+}
+
+}  // namespace
+
+int num_threads() {
+  int n = wanted_threads.load(std::memory_order_relaxed);
+  if (n == 0) {
+    n = default_threads();
+    wanted_threads.store(n, std::memory_order_relaxed);
+  }
+  return n;
+}
+
+void set_num_threads(int n) {
+  ADM_RT_CHECK(n >= 1 && n <= kMaxThreads, "num_threads=", n, " is not in [1, ", kMaxThreads, "]");
+  ADM_RT_CHECK(!inside_body, "set_num_threads was called from inside parallel_for");
+  wanted_threads.store(n, std::memory_order_relaxed);
+  Pool* current = shared_pool.load(std::memory_order_acquire);
+  if (current != nullptr && current->pid() == getpid()) current->resize(n);
+}
+
+void parallel_for(int64_t n, int64_t grain, const std::function<void(int64_t, int64_t)>& body) {
+  if (n <= 0) return;
+  grain = std::max<int64_t>(grain, 1);
+  if (n <= grain || inside_body || num_threads() == 1) {
+    body(0, n);
+    return;
+  }
+  pool().run(n, grain, body);
+}
+
+}  // namespace adm_rt

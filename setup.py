@@ -45,7 +45,7 @@ def last_lines(text, count=3):
 
 
 def query(command):
-    """(exit status, stdout and stderr together); a command that cannot be started has status 127."""
+    """(exit status, stdout and stderr together); status 127 when it cannot be started."""
     try:
         done = subprocess.run(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300
@@ -227,7 +227,7 @@ class CMakeBuild(build_ext):
 
     @staticmethod
     def drop_stale_cache(build, arguments):
-        """Forget a build folder whose compiler or tools have changed or gone (pip's are temporary)."""
+        """Forget a build folder whose compiler or tools have changed; pip's live for one build."""
         signature = build / "adm_rt_arguments.txt"
         text = "\n".join([*arguments, *(os.environ.get(name, "") for name in ("CXX", "CXXFLAGS"))])
         if build.exists() and (not signature.exists() or signature.read_text() != text):

@@ -1,0 +1,1 @@
+"""The sub-commands of ``adm-rt``; each module has ``add_arguments(parser)`` and ``run(args)``."""

@@ -1,0 +1,171 @@
+"""``adm-rt sample``: images from a shipped model, a folder or released weights."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+from adm_rt.commands import flags
+
+
+def add_arguments(parser):
+    parser.description = (
+        "Make images. guided-diffusion's flag names are accepted where the meaning is the same. "
+        "Without --output, samples/NAME.png (a grid) and samples/NAME.npz are written."
+    )
+    add = flags.add
+    add(parser, "--model", "--model-path", default="glyphs32", help="zoo name, folder or .pt")
+    add(
+        parser,
+        "--classifier",
+        "--classifier-path",
+        help="the same for the guiding classifier; 'none' does without the model's default",
+    )
+    add(parser, "--upsampler", "--upsampler-path", help="the same for an upsampler that follows")
+    add(parser, "--num-images", "--num-samples", "-n", type=int, help="default 16")
+    add(
+        parser,
+        "--classes",
+        help="class names or indices separated by commas, repeated as needed (default: random)",
+    )
+    add(
+        parser,
+        "--steps",
+        "--timestep-respacing",
+        type=flags.steps,
+        default=25,
+        help="number of steps, or a respacing string: ddim25, 90,60,60,20,20 (default 25)",
+    )
+    add(parser, "--sampler", help="dpmpp_2m (default), ddpm, ddim, unipc")
+    add(parser, "--use-ddim", type=flags.boolean, help="True: --sampler ddim, False: ddpm")
+    add(
+        parser,
+        "--guidance-scale",
+        "--classifier-scale",
+        type=float,
+        help="strength of classifier guidance, 0 is off (default: the model's own)",
+    )
+    add(parser, "--guidance-interval", help="LOW,HIGH: guide only at these timesteps")
+    add(parser, "--guidance-every", type=int, default=1, help="new gradient every k steps")
+    add(parser, "--cfg-scale", type=float, help="classifier-free guidance (needs a null class)")
+    add(parser, "--eta", type=float, default=0.0, help="noise of ddim, 0..1 (default 0)")
+    add(parser, "--thresholding", help="of x0: static (default), dynamic, none")
+    add(parser, "--clip-denoised", type=flags.boolean, help="False: --thresholding none")
+    add(parser, "--upsampler-steps", type=flags.steps, help="default: as --steps")
+    add(parser, "--upsampler-sampler", help="default: as --sampler")
+    add(parser, "--seeds", help="one seed per image, separated by commas, instead of --seed")
+    add(parser, "--output", "-o", help=".npz, .png (a grid) or a folder of PNGs")
+    flags.add_running(parser)
+    flags.add_structure(parser, classifier=True)
+
+
+def run(args):
+    from adm_rt.result import check_output
+
+    request = sample_arguments(args)
+    outputs = [Path(args.output)] if args.output else default_outputs(args, request)
+    for output in outputs:
+        check_output(output)
+    pipeline_arguments = {
+        "engine": args.engine,
+        "device": args.device,
+        "dtype": args.dtype,
+        "preset": args.preset,
+        **flags.structure(args),
+    }
+    from adm_rt.pipeline import Pipeline, check_early
+
+    check_early(**{k: request[k] for k in _EARLY}, callback=None, options={})
+    flags.set_threads(args.threads)
+    pipeline = Pipeline.from_pretrained(
+        args.model, args.classifier, args.upsampler, **pipeline_arguments
+    )
+    if not args.quiet:
+        for note in pipeline.notes:
+            print(f"adm-rt: note: {note}", file=sys.stderr)
+    if request["classes"] is not None:
+        request["classes"] = parse_classes(request["classes"], pipeline.class_names)
+    start = time.perf_counter()
+    result = pipeline(**request, progress=not args.quiet)
+    seconds = time.perf_counter() - start
+    if not args.output and len(result) > 100:
+        outputs = [path for path in outputs if path.suffix == ".npz"]
+    for output in outputs:
+        result.save(output)
+    where = " and ".join(str(path) for path in outputs)
+    print(f"adm-rt: {len(result)} images in {seconds:.1f} s -> {where}")
+
+
+_EARLY = ("steps", "sampler", "guidance_scale", "batch_size", "seed", "num_images")
+
+
+def sample_arguments(args):
+    """Keyword arguments of ``Pipeline.__call__``; conflicting aliases are an error."""
+    sampler = args.sampler
+    if args.use_ddim is not None:
+        alias = "ddim" if args.use_ddim else "ddpm"
+        if sampler not in (None, alias):
+            raise ValueError(f"--use_ddim {args.use_ddim} and --sampler {sampler} disagree")
+        sampler = alias
+    thresholding = args.thresholding
+    if args.clip_denoised is not None:
+        if thresholding is not None and args.clip_denoised == (thresholding == "none"):
+            raise ValueError(
+                f"--clip_denoised {args.clip_denoised} and --thresholding {thresholding} disagree"
+            )
+        thresholding = thresholding or ("static" if args.clip_denoised else "none")
+    return {
+        "num_images": args.num_images,
+        "classes": args.classes,
+        "steps": args.steps,
+        "sampler": sampler or "dpmpp_2m",
+        "guidance_scale": args.guidance_scale,
+        "eta": args.eta,
+        "thresholding": thresholding or "static",
+        "guidance_interval": _numbers("--guidance-interval", args.guidance_interval, float),
+        "guidance_every": args.guidance_every,
+        "cfg_scale": args.cfg_scale,
+        "seed": args.seed,
+        "seeds": _numbers("--seeds", args.seeds, int),
+        "batch_size": args.batch_size,
+        "upsampler_steps": args.upsampler_steps,
+        "upsampler_sampler": args.upsampler_sampler,
+    }
+
+
+def default_outputs(args, request):
+    """samples/<model>_<what makes it different>.png and .npz."""
+    from adm_rt.locate import display_name
+
+    scale = request["guidance_scale"]
+    words = [
+        display_name(args.model),
+        request["sampler"],
+        str(request["steps"] or "all").replace(",", "-"),
+        "" if scale is None else f"scale{scale:g}",
+        f"seed{args.seed}" if args.seeds is None else "seeds",
+    ]
+    stem = "_".join(word for word in words if word)
+    return [Path("samples") / f"{stem}.png", Path("samples") / f"{stem}.npz"]
+
+
+def parse_classes(text, class_names):
+    """ "A,B,7" -> names where the model has them, else indices."""
+    values = []
+    for part in text.split(","):
+        part = part.strip()
+        if class_names and part in class_names:
+            values.append(part)
+        else:
+            values.append(int(part) if part.lstrip("-").isdigit() else part)
+    return values
+
+
+def _numbers(flag, text, kind):
+    if text is None:
+        return None
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"{flag} {text!r}: numbers separated by commas are needed") from None

@@ -1,0 +1,142 @@
+"""The torch engine: the modules of ``adm_rt.models`` as they are, with autograd for guidance."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def resolve_device(device="auto"):
+    """torch.device for "auto" | "cpu" | "cuda" | "cuda:N"; ValueError when it is not there."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"device={device!r} is not a device; use 'auto', 'cpu' or 'cuda'"
+        ) from error
+    if resolved.type not in ("cpu", "cuda"):
+        raise ValueError(f"device={device!r}: this engine runs on 'cpu' and 'cuda' only")
+    if resolved.type == "cuda":
+        if not torch.cuda.is_available():
+            why = "it was built without CUDA" if torch.version.cuda is None else "it sees no GPU"
+            raise ValueError(
+                f"device={device!r} cannot be used: torch {torch.__version__} is here, but {why}; "
+                "use device='cpu', or 'auto' to take whatever is there"
+            )
+        if (resolved.index or 0) >= torch.cuda.device_count():
+            raise ValueError(
+                f"device={device!r}: there are {torch.cuda.device_count()} CUDA devices, "
+                "numbered from 0"
+            )
+    return resolved
+
+
+def check_fit(unet_cfg, classifier_cfg):
+    """ValueError when the classifier cannot guide this denoiser (size or class count)."""
+    if classifier_cfg.kind != "classifier":
+        raise ValueError(
+            f"classifier: the given model is of kind {classifier_cfg.kind!r}, not a classifier"
+        )
+    if classifier_cfg.image_size != unet_cfg.image_size:
+        raise ValueError(
+            f"classifier: it was made for {classifier_cfg.image_size}x{classifier_cfg.image_size} "
+            f"images, but the model makes {unet_cfg.image_size}x{unet_cfg.image_size}; "
+            "use the classifier of the model's own size"
+        )
+    if unet_cfg.class_cond and classifier_cfg.num_classes != unet_cfg.num_classes:
+        raise ValueError(
+            f"classifier: it knows {classifier_cfg.num_classes} classes, but the model has "
+            f"{unet_cfg.num_classes}; use a classifier trained on the same classes"
+        )
+
+
+class TorchEngine:
+    """Runs a UNet (or SuperResUNet) and a NoisyClassifier; see ``Engine`` for the methods.
+
+    The networks are moved to ``device``, set to evaluation mode and frozen in place: the
+    classifier's gradient is taken with respect to the image only, never the weights.
+
+    On the CPU everything is float32, whatever was asked for (a note says so). On CUDA, half types
+    run under autocast. CUDA has not been measured.
+    """
+
+    name = "torch"
+
+    def __init__(self, unet, classifier=None, device="cpu", dtype="float32"):
+        if dtype != "auto" and dtype not in DTYPES:
+            raise ValueError(f"dtype={dtype!r} is unknown; allowed: 'auto', " + _quoted(DTYPES))
+        if classifier is not None:
+            check_fit(unet.cfg, classifier.cfg)
+        self._device = resolve_device(device)
+        self.notes = []
+        self.dtype = "float32" if dtype == "auto" else dtype
+        if self._device.type == "cpu" and self.dtype != "float32":
+            self.notes.append(f"dtype={dtype} was asked for; float32 is used on the CPU")
+            self.dtype = "float32"
+        self._unet = _frozen(unet, self._device)
+        self._classifier = None if classifier is None else _frozen(classifier, self._device)
+
+    @property
+    def device(self):
+        return str(self._device)
+
+    def from_numpy(self, values):
+        return torch.from_numpy(values).to(self._device)
+
+    def to_numpy(self, values):
+        return values.detach().cpu().numpy()
+
+    def denoise(self, x, t, y=None, low_res=None):
+        cfg = self._unet.cfg
+        if cfg.class_cond and y is None:
+            raise ValueError(
+                f"y is missing: the model is class-conditional, pass int64 [{len(x)}] labels in "
+                f"0..{cfg.num_classes - 1}"
+            )
+        if (low_res is not None) != (cfg.kind == "upsampler"):
+            raise ValueError(
+                "low_res is missing: an upsampler needs the small images [N, C, h, w]"
+                if low_res is None
+                else "low_res was given, but the model is not an upsampler"
+            )
+        labels = y if cfg.class_cond else None
+        with torch.inference_mode(), self._autocast():
+            times = self._times(x, t)
+            if low_res is None:
+                return self._unet(x, times, labels).float()
+            return self._unet(x, times, low_res, labels).float()
+
+    def classifier_gradient(self, x, t, y):
+        if self._classifier is None:
+            raise ValueError("classifier_gradient needs a classifier; this engine was made without")
+        with torch.inference_mode(False), torch.enable_grad():
+            # a tensor made under inference_mode cannot take part in autograd; its copy can
+            x = x.clone() if x.is_inference() else x.detach()
+            y = y.clone() if y.is_inference() else y
+            x.requires_grad_(True)
+            with self._autocast():
+                logits = self._classifier(x, self._times(x, t))
+            chosen = torch.log_softmax(logits.float(), dim=-1).gather(1, y[:, None])
+            (gradient,) = torch.autograd.grad(chosen.sum(), x)
+        return gradient
+
+    def _times(self, x, t):
+        return torch.full((len(x),), float(t), dtype=torch.float32, device=self._device)
+
+    def _autocast(self):
+        if self.dtype == "float32":
+            return contextlib.nullcontext()
+        return torch.autocast(self._device.type, dtype=getattr(torch, self.dtype))
+
+
+def _frozen(module, device):
+    return module.to(device=device).eval().requires_grad_(False)
+
+
+def _quoted(names):
+    return ", ".join(repr(n) for n in names)

@@ -1,0 +1,82 @@
+"""Finding a model by what the user typed: a zoo name, a folder, or a released weight file."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from adm_rt.errors import CheckpointError
+from adm_rt.models.config import nearest
+from adm_rt.models.presets import list_presets, preset_name
+
+ZOO = Path(__file__).parent / "zoo"
+
+
+def zoo_models(kind=None):
+    """Names of the models that ship in the package, or of those of one kind, sorted."""
+    if not ZOO.is_dir():
+        return []
+    folders = [p.name for p in sorted(ZOO.iterdir()) if (p / "config.json").is_file()]
+    return [name for name in folders if kind is None or _kind(ZOO / name) == kind]
+
+
+def locate(model, argument="model", kind=None):
+    """Path of the weights named ``model``: an existing path, or a zoo name.
+
+    kind: what zoo models to list in the error. Raises ValueError naming the nearest models.
+    """
+    if not isinstance(model, (str, os.PathLike)):
+        raise TypeError(f"{argument}={model!r} must be a zoo name or a path")
+    if not os.fspath(model):
+        raise ValueError(f"{argument}='' is empty; give {_choices(kind)}")
+    path = Path(model).expanduser()
+    name = os.fspath(model)
+    if name in zoo_models():
+        return ZOO / name
+    if path.exists():
+        return path
+    found = preset_name(model)
+    if found is not None:
+        raise ValueError(
+            f"{argument}={name!r}: the weights of {found!r} do not ship and there is no such file; "
+            f"download {found}.pt (guided-diffusion's README has the links) and give its path, "
+            f"or use {_choices(kind)}"
+        )
+    raise ValueError(
+        f"{argument}={name!r} is neither a shipped model nor an existing file or folder; "
+        f"give {_choices(kind)}.{nearest(path.name, [*zoo_models(), *list_presets()])}"
+    )
+
+
+def read_settings(path):
+    """The sampling settings beside a model folder's weights ({} for a ``.pt``)."""
+    config = Path(path) / "config.json"
+    if not config.is_file():
+        return {}
+    try:
+        settings = json.loads(config.read_text()).get("sampling", {})
+    except (OSError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{config}: cannot be read as JSON ({error})") from error
+    return settings
+
+
+def display_name(path):
+    """A short name for messages and file names: the folder or file name without suffix."""
+    name = Path(path).name or Path(path).resolve().name
+    for suffix in (".pt", ".safetensors"):
+        name = name.removesuffix(suffix)
+    return name or "model"
+
+
+def _choices(kind):
+    shipped = ", ".join(zoo_models(kind)) or "none in this build"
+    presets = ", ".join(list_presets(kind))
+    return f"a shipped model ({shipped}), or the path of a folder or released .pt ({presets})"
+
+
+def _kind(folder):
+    try:
+        return json.loads((folder / "config.json").read_text())["model"]["kind"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

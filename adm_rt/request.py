@@ -1,0 +1,206 @@
+"""Arguments of sampling, checked before any work: what the user typed -> what will run.
+
+Every function raises TypeError or ValueError naming the argument, its value and what is allowed.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+import operator
+
+import numpy as np
+
+from adm_rt.diffusion import Diffusion
+from adm_rt.models.config import nearest
+from adm_rt.ops.philox import image_seeds, philox_randint
+
+THRESHOLDING = ("static", "dynamic", "none")
+DEFAULT_IMAGES = 16
+MAX_IMAGES = 2**31  # bit 31 of the image index marks the upsampling stage, see stage_seeds
+_STAGE_BIT = 1 << 31
+
+
+def check_count(name, value, low=1, high=None):
+    """``value`` as an int in [low, high]."""
+    try:
+        count = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name}={value!r} must be an integer") from None
+    if isinstance(value, bool):
+        raise TypeError(f"{name}={value!r} must be an integer")
+    if count < low or (high is not None and count > high):
+        allowed = f"{low} or more" if high is None else f"{low}..{high}"
+        raise ValueError(f"{name}={count} is out of range; allowed: {allowed}")
+    return count
+
+
+def check_number(name, value, low=None, high=None, way_out=""):
+    """``value`` as a finite float in [low, high]."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name}={value!r} must be a number")
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError(f"{name}={value!r} must be a finite number{way_out}")
+    if (low is not None and number < low) or (high is not None and number > high):
+        allowed = f"{low} or more" if high is None else f"{low}..{high}"
+        raise ValueError(f"{name}={number:g} is out of range; allowed: {allowed}{way_out}")
+    return number
+
+
+def check_choice(name, value, allowed):
+    """``value`` if it is one of ``allowed``."""
+    if value not in allowed:
+        choices = ", ".join(repr(a) for a in allowed)
+        raise ValueError(
+            f"{name}={value!r} is unknown; allowed: {choices}.{nearest(value, allowed)}"
+        )
+    return value
+
+
+def check_sampler(value, name="sampler"):
+    """A key of ``SAMPLERS``."""
+    from adm_rt.samplers import SAMPLERS
+
+    return check_choice(name, value, tuple(sorted(SAMPLERS)))
+
+
+def respaced_diffusion(cfg, steps, name="steps"):
+    """The model's ``Diffusion`` with ``steps``: an int, or a respacing string.
+
+    An int N is the published "N" for every sampler; "ddim25" and section lists pass through, ""
+    is every step of the process.
+    """
+    if not isinstance(steps, str):
+        steps = str(check_count(name, steps, 1, cfg.diffusion_steps))
+    try:
+        return Diffusion(**{**cfg.diffusion_config(), "timestep_respacing": steps})
+    except ValueError as error:
+        raise ValueError(f"{name}={steps!r}: {error}") from None
+
+
+def check_interval(interval, diffusion_steps):
+    """(low, high) in timesteps of the original process, or None."""
+    if interval is None:
+        return None
+    try:
+        low, high = interval
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"guidance_interval={interval!r} must be a pair (low, high) of timesteps"
+        ) from None
+    low = check_number("guidance_interval low", low, 0, diffusion_steps)
+    high = check_number("guidance_interval high", high, 0, diffusion_steps)
+    if low > high:
+        raise ValueError(f"guidance_interval=({low:g}, {high:g}) is empty; give (low, high)")
+    return low, high
+
+
+def count_images(num_images, classes, seeds):
+    """How many images: ``num_images``, else the length of ``seeds`` or ``classes``, else 16."""
+    lists = {"seeds": seeds, "classes": classes}
+    lengths = {name: len(v) for name, v in lists.items() if is_list(v)}
+    if num_images is None:
+        num_images = lengths.get("seeds", lengths.get("classes", DEFAULT_IMAGES))
+    count = check_count("num_images", num_images, 1, MAX_IMAGES)
+    if lengths.get("seeds", count) != count:
+        raise ValueError(
+            f"seeds holds {lengths['seeds']} seeds for num_images={count}; give one per image, or "
+            "leave num_images out"
+        )
+    if lengths.get("classes", count) > count:
+        raise ValueError(
+            f"classes holds {lengths['classes']} classes for num_images={count}; a shorter list is "
+            "repeated, a longer one is an error"
+        )
+    return count
+
+
+def is_list(value):
+    """True for a list, tuple or array of values; False for None, a number or a name."""
+    return value is not None and not isinstance(value, str) and np.ndim(value) == 1
+
+
+def resolve_seeds(seed, seeds, num_images):
+    """int64 [num_images]: ``seeds`` as they are, or ``(seed << 32) | index``."""
+    if seeds is None:
+        return image_seeds(check_count("seed", seed, 0, 2**31 - 1), num_images)
+    if not is_list(seeds):
+        raise TypeError(f"seeds={seeds!r} must be a list with one seed per image")
+    return np.array([check_count("seeds", s, 0, 2**63 - 1) for s in seeds], dtype=np.int64)
+
+
+def stage_seeds(seeds):
+    """Seeds of the upsampling stage: other noise than the base image's, from the same seed."""
+    return np.asarray(seeds, dtype=np.int64) ^ np.int64(_STAGE_BIT)
+
+
+def resolve_classes(classes, num_images, seeds, num_classes, class_names=None, model="the model"):
+    """int64 labels [num_images], or None for a model that has no classes.
+
+    classes: None (one per image, uniform, a function of the image's seed alone), an index, a
+    class name, or a list of these, repeated when shorter than ``num_images``.
+    """
+    if num_classes is None:
+        if classes is not None:
+            raise ValueError(
+                f"classes={classes!r} was given, but {model} has no classes and there is no "
+                "classifier to guide it; leave classes out"
+            )
+        return None
+    if classes is None:
+        return philox_randint(seeds, num_classes)
+    values = list(classes) if is_list(classes) else [classes]
+    if not values:
+        raise ValueError("classes=[] is empty; give at least one class, or None for random ones")
+    labels = [_class_index(v, num_classes, class_names, model) for v in values]
+    return np.resize(np.array(labels, dtype=np.int64), num_images)
+
+
+def _class_index(value, num_classes, class_names, model):
+    allowed = f"0..{num_classes - 1}"
+    if class_names:
+        allowed += f", or a name: {_shortened(class_names)}"
+    if isinstance(value, str):
+        if class_names and value in class_names:
+            return list(class_names).index(value)
+        if not class_names:
+            raise ValueError(
+                f"classes: {value!r} is a name, but {model} has no class names; allowed: {allowed}"
+            )
+        raise ValueError(
+            f"classes: {value!r} is not a class of {model}; allowed: {allowed}"
+            + nearest(value, class_names)
+        )
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(
+            f"classes: {value!r} is neither a class index nor a name; allowed: {allowed}"
+        )
+    if not 0 <= value < num_classes:
+        raise ValueError(f"classes: {value} is out of range for {model}; allowed: {allowed}")
+    return int(value)
+
+
+def _shortened(names, limit=40):
+    shown = ", ".join(repr(n) for n in list(names)[:limit])
+    return shown + (f", ... ({len(names)} in all)" if len(names) > limit else "")
+
+
+def check_callable(name, value):
+    """``value`` if it is None or can be called."""
+    if value is not None and not callable(value):
+        raise TypeError(f"{name}={value!r} must be callable or None")
+    return value
+
+
+def check_images(images, size, name="images"):
+    """uint8 [N, size, size, 3] with N >= 1: what an upsampler is fed."""
+    images = np.asarray(images)
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != (size, size, 3):
+        raise ValueError(
+            f"{name}: {images.dtype} {list(images.shape)} was given; the upsampler takes uint8 "
+            f"[N, {size}, {size}, 3]"
+        )
+    if not len(images):
+        raise ValueError(f"{name}: there are no images")
+    return images

@@ -1,5 +1,8 @@
 // csrc/common/thread_pool.h as a plain C library, for test_thread_pool.py.
 #include <atomic>
+#include <chrono>
+#include <mutex>
+#include <set>
 #include <stdexcept>
 #include <string>
 #include <thread>
@@ -51,6 +54,22 @@ int throws(int64_t n, int64_t bad) {
   return caught;
 }
 
+// How many threads take part in n slow bodies; -1 when parallel_for returned before all had ended.
+int slow(int64_t n) {
+  std::mutex mutex;
+  std::set<std::thread::id> threads;
+  std::atomic<int64_t> ended{0};
+  parallel_for(n, 1, [&](int64_t begin, int64_t end) {
+    {
+      std::lock_guard<std::mutex> lock(mutex);
+      threads.insert(std::this_thread::get_id());
+    }
+    std::this_thread::sleep_for(std::chrono::milliseconds(begin == 0 ? 1 : 20));
+    ended += end - begin;
+  });
+  return ended == n ? static_cast<int>(threads.size()) : -1;
+}
+
 // Many callers at once; the number of indices that were not visited exactly once.
 int64_t callers(int count, int repeats, int64_t n) {
   std::atomic<int64_t> wrong{0};
@@ -71,7 +90,7 @@ int64_t callers(int count, int repeats, int64_t n) {
 #ifdef POOL_PROBE_MAIN
 int main() {
   set_threads(4);
-  if (callers(3, 200, 50) != 0 || nested(8) != 64 || throws(64, 40) != 1) return 1;
+  if (callers(3, 200, 50) != 0 || nested(8) != 64 || slow(12) < 1 || throws(64, 40) != 1) return 1;
   for (int n : {1, 3, 2, 5}) {
     set_threads(n);
     if (callers(2, 50, 20) != 0) return 2;

@@ -46,9 +46,11 @@ def test_every_index_once(pool, threads):
                 assert ranges == (n > 0)
 
 
-def test_more_than_one_range_is_made(pool):
-    pool.set_threads(2)
+def test_threads_share_the_work_and_are_waited_for(pool):
+    pool.set_threads(3)
     assert cover(pool, 100, 1)[0] > 1
+    for _ in range(3):
+        assert pool.slow(ctypes.c_int64(12)) == 3
 
 
 def test_nested_call_runs_inline(pool):
@@ -71,7 +73,8 @@ def test_several_callers_and_sleeping_workers(pool):
 
 
 def run_in_child(pool):
-    os._exit(0 if np.all(cover(pool, 500, 1)[1] == 1) else 1)
+    right = np.all(cover(pool, 500, 1)[1] == 1) and pool.slow(ctypes.c_int64(12)) == 3
+    os._exit(0 if right else 1)
 
 
 def test_child_after_fork_has_a_pool_of_its_own(pool):

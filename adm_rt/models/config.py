@@ -50,6 +50,7 @@ _CLASSIFIER_FLAGS = {
     "classifier_pool": "pool",
     "classifier_use_fp16": "use_fp16",
 }
+CLASSIFIER_ALIASES = {field: flag for flag, field in _CLASSIFIER_FLAGS.items()}
 
 
 def nearest(name: str, known) -> str:
@@ -219,14 +220,19 @@ class ModelConfig:
         """Channel multiplier per level; the published default for the size when none is given."""
         if self.channel_mult:
             return _parse_mult(self.channel_mult)
-        table = _UPSAMPLER_CHANNEL_MULT if self.kind == "upsampler" else _CHANNEL_MULT
-        if self.image_size not in table:
-            name = "large_size" if self.kind == "upsampler" else "image_size"
+        return self.default_channel_mult(self.kind, self.image_size)
+
+    @staticmethod
+    def default_channel_mult(kind: str, image_size: int) -> tuple[float, ...]:
+        """Published multipliers for a size; ValueError when there are none."""
+        table = _UPSAMPLER_CHANNEL_MULT if kind == "upsampler" else _CHANNEL_MULT
+        if image_size not in table:
+            name = "large_size" if kind == "upsampler" else "image_size"
             raise ValueError(
-                f"{name}={self.image_size} has no published channel_mult (sizes that have: "
+                f"{name}={image_size} has no published channel_mult (sizes that have: "
                 f"{', '.join(map(str, sorted(table)))}); give one, such as channel_mult='1,2,2'."
             )
-        return table[self.image_size]
+        return table[image_size]
 
     @property
     def level_channels(self) -> tuple[int, ...]:

@@ -16,7 +16,7 @@ _POOL_WIDTH = 2048  # hidden width of the "spatial" classifier heads
 
 
 def parameter_shapes(cfg: ModelConfig) -> Shapes:
-    """Name -> shape of every weight of ``cfg``'s network, in state_dict order."""
+    """Name -> shape of every weight of ``cfg``'s network, in the order of the released files."""
     builder = _Builder(cfg)
     builder.encoder()
     builder.classifier_head() if cfg.kind == "classifier" else builder.decoder()
@@ -31,7 +31,7 @@ def count_parameters(shapes: Shapes) -> int:
 def compare_shapes(expected: Shapes, found: Shapes, limit: int = 3) -> str:
     """What differs, or "" when names and shapes are the same.
 
-    Lists the first ``limit`` missing, unexpected and wrongly shaped weights, and how many there are.
+    Lists the first ``limit`` missing, unexpected and wrongly shaped weights, and their counts.
     """
     missing = [k for k in expected if k not in found]
     unexpected = [k for k in found if k not in expected]

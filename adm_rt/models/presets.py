@@ -19,7 +19,7 @@ class SamplingSettings:
 
     ``timestep_respacing`` with ``guidance_scale`` is the many-step DDPM setting;
     ``ddim_guidance_scale`` belongs to 25 DDIM steps ("ddim25"). None: not published, or the model
-    is not guided. ``classifier`` and ``base`` are preset names; ``base`` is what an upsampler follows.
+    is not guided. ``classifier`` and ``base`` (what an upsampler follows) are preset names.
     """
 
     timestep_respacing: str = "250"

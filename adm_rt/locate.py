@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 
 from adm_rt.errors import CheckpointError
 from adm_rt.models.config import nearest
 from adm_rt.models.presets import list_presets, preset_name
+from adm_rt.models.weight_folder import is_model_folder, read_info
 
 ZOO = Path(__file__).parent / "zoo"
+# what config.json's metadata may say about sampling
+SETTINGS = ("class_names", "guidance_scale", "classifier", "upsampler")
 
 
 def zoo_models(kind=None):
     """Names of the models that ship in the package, or of those of one kind, sorted."""
     if not ZOO.is_dir():
         return []
-    folders = [p.name for p in sorted(ZOO.iterdir()) if (p / "config.json").is_file()]
+    folders = [p.name for p in sorted(ZOO.iterdir()) if is_model_folder(p)]
     return [name for name in folders if kind is None or _kind(ZOO / name) == kind]
 
 
@@ -50,14 +52,17 @@ def locate(model, argument="model", kind=None):
 
 
 def read_settings(path):
-    """The sampling settings beside a model folder's weights ({} for a ``.pt``)."""
-    config = Path(path) / "config.json"
-    if not config.is_file():
+    """The sampling settings that a model folder's config.json carries; {} for a ``.pt``.
+
+    Keys, all optional: ``class_names``, ``guidance_scale``, ``classifier`` and ``upsampler`` (zoo
+    names, or folders inside this one). Raises CheckpointError for a damaged folder.
+    """
+    if not is_model_folder(path):
         return {}
-    try:
-        settings = json.loads(config.read_text()).get("sampling", {})
-    except (OSError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{config}: cannot be read as JSON ({error})") from error
+    info = read_info(path)
+    settings = {name: info.metadata[name] for name in SETTINGS if name in info.metadata}
+    if info.class_names is not None:
+        settings["class_names"] = list(info.class_names)
     return settings
 
 
@@ -77,6 +82,6 @@ def _choices(kind):
 
 def _kind(folder):
     try:
-        return json.loads((folder / "config.json").read_text())["model"]["kind"]
-    except (OSError, ValueError, KeyError, TypeError):
+        return read_info(folder, verify=False).config.kind
+    except CheckpointError:
         return None

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import adm_rt
 from adm_rt import engines, request
-from adm_rt.locate import display_name, locate, read_settings
+from adm_rt.locate import SETTINGS, display_name, locate, read_settings
 from adm_rt.result import SampleResult, check_output
 from adm_rt.trajectory import (
     Stage,
@@ -221,9 +221,22 @@ class Pipeline:
         ``folder/upsampler``. dtype: "float32" or "float16" on disk. Raises ValueError when the
         folder cannot be written or is not empty.
         """
-        from adm_rt.pretrained import save_pipeline
+        from adm_rt.models import save_model
+        from adm_rt.models.weight_folder import replace_folder
 
-        return save_pipeline(self, folder, dtype)
+        parts = {"classifier": self.classifier, "upsampler": self.upsampler}
+        if self.unet is None:
+            base, parts = self.upsampler, {}
+        else:
+            base = self.unet
+        parts = {name: network for name, network in parts.items() if network is not None}
+        settings = {k: v for k, v in self.settings.items() if k in SETTINGS} | {p: p for p in parts}
+        names = settings.pop("class_names", None)
+        with replace_folder(Path(folder), overwrite=False) as place:
+            save_model(place, base, dtype=dtype, class_names=names, metadata=settings)
+            for name, network in parts.items():
+                save_model(place / name, network, dtype=dtype)
+        return Path(folder)
 
     def __call__(
         self,

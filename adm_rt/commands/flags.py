@@ -5,21 +5,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 
-from adm_rt.models.config import ModelConfig, normalize_flags
+from adm_rt.models.config import CLASSIFIER_ALIASES, ModelConfig, normalize_flags
 
 _TRUE = ("1", "true", "yes", "t", "y", "on")
 _FALSE = ("0", "false", "no", "f", "n", "off")
 # decided by the sampling flags or by the file itself
 _NOT_STRUCTURE = ("kind", "image_size", "timestep_respacing")
-CLASSIFIER_FLAGS = (
-    "classifier_width",
-    "classifier_depth",
-    "classifier_attention_resolutions",
-    "classifier_use_scale_shift_norm",
-    "classifier_resblock_updown",
-    "classifier_pool",
-    "classifier_use_fp16",
-)
+CLASSIFIER_FLAGS = tuple(CLASSIFIER_ALIASES.values())
 
 
 def boolean(text):

@@ -1,0 +1,56 @@
+"""``adm-rt info MODEL``: configuration, sizes and default settings of one model."""
+
+from __future__ import annotations
+
+import os
+
+from adm_rt.locate import display_name, locate, read_settings
+from adm_rt.models.presets import SAMPLING, preset, preset_name
+from adm_rt.trajectory import activation_bytes
+
+
+def model_report(model):
+    """JSON-ready facts of a zoo model, folder, ``.pt``, or of a preset that has no weights here."""
+    try:
+        path = locate(model)
+    except ValueError:
+        if preset_name(model) is None or os.sep in os.fspath(model):
+            raise
+        return _report(preset_name(model), preset(model), None, {})
+    from adm_rt.models import load_checkpoint
+
+    network = load_checkpoint(path)
+    return _report(display_name(path), network.cfg, path, read_settings(path))
+
+
+def _report(name, cfg, path, settings):
+    import torch
+
+    from adm_rt.models import build
+
+    with torch.device("meta"):
+        network = build(cfg)
+    parameters = sum(p.numel() for p in network.parameters())
+    published = SAMPLING.get(preset_name(name))
+    return {
+        "model": name,
+        "weights": "not here: this is a preset without its file" if path is None else str(path),
+        "size_on_disk_MB": None if path is None else round(_disk_bytes(path) / 1e6, 2),
+        "kind": cfg.kind,
+        "parameters": parameters,
+        "keys": len(network.state_dict()),
+        "float32_weights_MB": round(parameters * 4 / 1e6, 2),
+        "activations_per_image_MB_estimate": {
+            "forward": round(activation_bytes(cfg) / 1e6, 1),
+            "with_gradient": round(activation_bytes(cfg, gradient=True) / 1e6, 1),
+        },
+        "config": cfg.to_dict(),
+        "default_settings": settings,
+        "published_settings": None if published is None else vars(published),
+    }
+
+
+def _disk_bytes(path):
+    if path.is_file():
+        return path.stat().st_size
+    return sum(p.stat().st_size for p in path.rglob("*") if p.is_file())

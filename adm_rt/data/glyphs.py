@@ -147,7 +147,7 @@ class _MaskBank:
         left, upper, right, lower = probe.getbbox(character)
         # One size for all capitals and digits of a font, less where a letter is too wide or deep.
         unit = max(bottom - top, right - left, (lower - upper) * 0.95)
-        font = ImageFont.truetype(path, 1000 * extent / unit, layout_engine=basic)
+        font = ImageFont.truetype(path, round(1000 * extent / unit), layout_engine=basic)
         left, upper, right, lower = font.getbbox(character)
         canvas = Image.new("L", (self.side, self.side), 0)
         corner = (

@@ -1,8 +1,8 @@
 """The judge: a small plain convolutional classifier of clean glyphs, independent of every model.
 
 It shares nothing with what it judges: convolution, batch norm and ReLU instead of ADM's blocks,
-clean images instead of noised ones, its own data seed. It is trained when it is needed (about two
-minutes on one core) and is not shipped; it is kept only where the caller says.
+clean images instead of noised ones, its own data seed. It is trained when it is needed (about a
+minute and a half on one core) and is not shipped; it is kept only where the caller says.
 
     python -m adm_rt.evaluation.judge [--cache judge.safetensors] [--steps N] [--seed S]
 """
@@ -22,7 +22,7 @@ from adm_rt.errors import CheckpointError
 
 JUDGE_SEED = 9001  # the judge's training stream; the guide and the model train on other seeds
 HELD_OUT_SEED = 9002  # images nobody trains on
-DEFAULT_STEPS = 1600
+DEFAULT_STEPS = 800
 _FEATURES = 64
 
 

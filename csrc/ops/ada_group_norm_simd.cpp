@@ -303,6 +303,43 @@ inline void store_upto(Vec v, T* to, int64_t count) {
   }
 }
 
+// Moments of the kColumns * kWidth channels that begin at x; `width` of them exist. Several columns
+// at a time read whole stretches of a row and keep more than one chain of additions going.
+template <int kColumns, typename T>
+inline void column_moments(const T* x, int64_t rows, int64_t stride, int64_t width, float* pilots,
+                           float* sums, float* squares) {
+  const Vec inverse = Vec::set1(1.0f / static_cast<float>(rows));
+  Vec pilot[kColumns], sum[kColumns], square[kColumns];
+  for (int k = 0; k < kColumns; ++k) sum[k] = square[k] = Vec::zero();
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int k = 0; k < kColumns; ++k) {
+      const int64_t at = k * kWidth;
+      sum[k] = sum[k] + (kColumns > 1 ? load_values(x + r * stride + at)
+                                      : load_upto(x + r * stride + at, width));
+    }
+  }
+  for (int k = 0; k < kColumns; ++k) {
+    pilot[k] = sum[k] * inverse;
+    sum[k] = Vec::zero();
+  }
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int k = 0; k < kColumns; ++k) {
+      const int64_t at = k * kWidth;
+      const Vec d = (kColumns > 1 ? load_values(x + r * stride + at)
+                                  : load_upto(x + r * stride + at, width)) -
+                    pilot[k];
+      sum[k] = sum[k] + d;
+      square[k] = fma(d, d, square[k]);
+    }
+  }
+  for (int k = 0; k < kColumns; ++k) {
+    const int64_t at = k * kWidth;
+    store_upto(pilot[k], pilots + at, width - at);
+    store_upto(sum[k], sums + at, width - at);
+    store_upto(square[k], squares + at, width - at);
+  }
+}
+
 template <typename T>
 void rows_moments(const AdaGroupNormParams& p, const AdaGroupNormRows& rows, float* pilots,
                   float* sums, float* squares, int64_t begin, int64_t end) {
@@ -310,23 +347,15 @@ void rows_moments(const AdaGroupNormParams& p, const AdaGroupNormRows& rows, flo
   for (int64_t task = begin; task < end; ++task) {
     const Block block = block_at(task, rows, p.spatial, channels);
     const T* x = static_cast<const T*>(p.x) + block.offset;
-    const Vec inverse = Vec::set1(1.0f / static_cast<float>(block.rows));
-    for (int64_t c = 0; c < channels; c += kWidth) {
-      const int64_t width = channels - c;
-      Vec sum = Vec::zero();
-      for (int64_t r = 0; r < block.rows; ++r) sum = sum + load_upto(x + r * channels + c, width);
-      const Vec pilot = sum * inverse;
-      Vec square = Vec::zero();
-      sum = Vec::zero();
-      for (int64_t r = 0; r < block.rows; ++r) {
-        const Vec d = load_upto(x + r * channels + c, width) - pilot;
-        sum = sum + d;
-        square = fma(d, d, square);
-      }
-      const int64_t at = task * channels + c;
-      store_upto(pilot, pilots + at, width);
-      store_upto(sum, sums + at, width);
-      store_upto(square, squares + at, width);
+    const int64_t at = task * channels;
+    int64_t c = 0;
+    for (; c + 4 * kWidth <= channels; c += 4 * kWidth) {
+      column_moments<4>(x + c, block.rows, channels, channels - c, pilots + at + c, sums + at + c,
+                        squares + at + c);
+    }
+    for (; c < channels; c += kWidth) {
+      column_moments<1>(x + c, block.rows, channels, channels - c, pilots + at + c, sums + at + c,
+                        squares + at + c);
     }
   }
 }

@@ -369,7 +369,9 @@ def normalize_flags(flags: dict[str, Any], kind: str | None = None) -> dict[str,
                 f"unknown model flag {name!r}.{nearest(name, [*fields, *_CLASSIFIER_FLAGS])}"
             )
         if field in out:
-            raise ValueError(f"{name!r} and {field!r} are the same flag and both were given.")
+            raise ValueError(
+                f"{CLASSIFIER_ALIASES[field]!r} and {field!r} are the same flag; both were given."
+            )
         out[field] = value
     return out
 

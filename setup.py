@@ -191,7 +191,10 @@ class CMakeBuild(build_ext):
     def build_extensions(self):
         import pybind11
 
-        build = Path(self.build_temp).resolve()
+        # Objects are kept for the next build, unless the tools live in pip's temporary environment.
+        isolated = Path(sys.prefix).resolve() not in Path(pybind11.__file__).resolve().parents
+        kept = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
+        build = Path(self.build_temp).resolve() if isolated else kept
         cmake, ninja = find_tool("cmake"), find_tool("ninja")
         if cmake is None:
             raise SystemExit("error: cmake was not found; pip install cmake ninja")

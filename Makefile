@@ -1,0 +1,90 @@
+# Every target makes and uses .venv (Python 3.11 or newer; constraints.txt pins what goes into it).
+#
+#   make sample    16 class-guided images from the shipped model -> samples/
+#   make test      the whole test suite
+#   make help      the rest
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Further arguments of pip, for example --index-url=... of a mirror or of torch's CPU wheels.
+PIP_ARGS ?=
+PIP := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt $(PIP_ARGS)
+NATIVE := $(shell find csrc python -type f \( -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \))
+
+.PHONY: help install sample test lint format bench gpu clean
+
+help:
+	@echo "make sample    16 class-guided glyphs from the shipped model -> samples/"
+	@echo "make test      the whole test suite (PYTEST_ARGS=... for a part of it)"
+	@echo "make lint      ruff and clang-format, checks only;  make format  applies them"
+	@echo "make bench     the three ops against plain torch on this machine -> build/bench_ops.json"
+	@echo "make gpu       builds with CUDA (ADM_RT_CUDA=on) and runs the tests of the CUDA kernels"
+	@echo "make install   .venv with the built package;  make clean  removes .venv and what was built"
+	@echo
+	@echo "PYTHON=python3.12   which Python makes .venv        PIP_ARGS=...   further pip arguments"
+	@echo "ADM_RT_CUDA=auto|on|off, ADM_RT_CUDA_ARCHS=90, MAX_JOBS=2: see README.md"
+
+# ---- The environment: build tools, then the extension, then the package with its dependencies ----
+
+$(VENV)/.created:
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'make: $(PYTHON) is Python %d.%d; 3.11 or newer is needed: make PYTHON=/path/to/python3.11' % sys.version_info[:2])"
+	@echo "make: creating $(VENV)"
+	$(PYTHON) -m venv --clear $(VENV)
+	@touch $@
+
+$(VENV)/.tools: $(VENV)/.created constraints.txt
+	$(PIP) setuptools cmake ninja pybind11
+	@touch $@
+
+$(VENV)/.built: $(VENV)/.tools setup.py CMakeLists.txt adm_rt/__init__.py $(NATIVE)
+	$(BIN)/python setup.py -q build_ext --inplace
+	@touch $@
+
+# An editable install: what changes in adm_rt/ counts at once. Nothing is built twice: this finds
+# the objects of the step above.
+$(VENV)/.installed: $(VENV)/.built pyproject.toml constraints.txt
+	$(PIP) --no-build-isolation -e '.[data,test]'
+	@touch $@
+
+# Also after changes that need no new install.
+install: $(VENV)/.installed
+
+# ---- Targets ----
+
+sample: install
+	$(BIN)/adm-rt sample --model glyphs32 --num-images 16 --steps 25 --output samples/glyphs32.png
+	@ls samples
+
+test: install
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+$(VENV)/.lint: $(VENV)/.created constraints.txt
+	$(PIP) ruff clang-format
+	@touch $@
+
+CPP := $(shell find csrc python tests -type f \( -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \))
+
+lint: $(VENV)/.lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(CPP)
+
+format: $(VENV)/.lint
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP)
+
+bench: install
+	@mkdir -p build
+	$(BIN)/python benchmarks/bench_ops.py --json build/bench_ops.json
+
+gpu: $(VENV)/.tools
+	ADM_RT_CUDA=on $(BIN)/python setup.py -q build_ext --inplace
+	@touch $(VENV)/.built
+	$(MAKE) install
+	$(BIN)/python -m pytest -rs -k "cuda or gpu" tests
+	@echo "make gpu: guided_mean_update is the only op with a CUDA kernel so far; the CUDA benchmarks come with the others"
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info adm_rt/_build.json adm_rt/_C.*.so adm_rt/_cuda.*.so samples

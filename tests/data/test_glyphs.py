@@ -3,6 +3,7 @@
 import importlib.util
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -131,7 +132,8 @@ def test_every_font_has_every_class_and_no_two_look_alike():
     masks = bank.masks.reshape(len(bank.fonts), 36, -1) / 255.0
     assert (masks.sum(-1) > 300).all()  # none is empty
     for name, font in zip(module.FONT_FILES, masks, strict=True):
-        distance = ((font[:, None] - font[None]) ** 2).sum(-1) / font.sum(-1)[:, None]
+        norms = (font**2).sum(1)
+        distance = (norms[:, None] + norms - 2 * font @ font.T) / font.sum(1)[:, None]
         np.fill_diagonal(distance, 1)
         a, b = np.unravel_index(distance.argmin(), distance.shape)
         assert distance[a, b] > 0.07, (name, GLYPH_CLASSES[a], GLYPH_CLASSES[b])
@@ -157,6 +159,25 @@ def test_the_glyph_stays_inside_and_fills_the_image():
     assert coverage.max() <= 1 and coverage.min() >= 0
     height = (coverage.max(2) > 0.3).sum(1)
     assert height.max() <= 32 and np.median(height) / 32 > 0.7
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_masks_are_sampled_bilinearly_under_the_affine_map(axis):
+    # A mask that is linear in one coordinate is reproduced exactly at fractional places.
+    side, size, oversample = 63, 10, 3
+    mask = np.broadcast_to(np.arange(side, dtype=np.uint8) * 4, (side, side))
+    mask = mask if axis == 0 else mask.T
+    bank = SimpleNamespace(side=side, image_size=size, oversample=oversample)
+    bank.masks, bank.half_size = np.ascontiguousarray(mask)[None], np.zeros((1, 2))
+    angle, shear, scale = np.array([0.1]), np.array([-0.07]), np.array([0.85])
+    shift = np.array([[0.3, -0.6]])
+    found = module._sample(bank, np.array([0]), angle, shear, scale, shift)[0]
+    rotation = [[np.cos(0.1), -np.sin(0.1)], [np.sin(0.1), np.cos(0.1)]]
+    forward = 0.85 * np.array(rotation) @ [[1, -0.07], [0, 1]]
+    y, x = np.mgrid[:size, :size] + 0.5 - size / 2
+    moved = np.stack([x, y], -1) - module._MAX_SHIFT * size * shift[0]
+    inside_mask = moved @ np.linalg.inv(forward).T * oversample + (side - 1) / 2
+    np.testing.assert_allclose(found * 255, 4 * inside_mask[..., axis], atol=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -143,8 +143,8 @@ def convert(
     import torch
 
     state = {k: torch.from_numpy(v).to(getattr(torch, dtype)) for k, v in weights.items()}
-    with replace_file(dst, overwrite) as temporary:
-        torch.save(state, temporary)
+    with replace_file(dst, overwrite) as temporary, open(temporary, "wb") as file:
+        torch.save(state, file)
     return dst
 
 

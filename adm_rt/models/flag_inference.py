@@ -29,6 +29,11 @@ _NEEDED = (
     "noise_schedule",
     "rescale_timesteps",
 )
+# Facts that are told in other words than the flags that decide them.
+_SPELT = {
+    "attention_ds": ("attention_resolutions",),
+    "embedding_rows": ("num_classes", "null_class"),
+}
 # Flags that do not change what the weights mean; a preset is not rejected for them.
 FREE_FLAGS = frozenset(
     {
@@ -111,7 +116,10 @@ def resolve_config(
         preset, preset_origin = _matching_preset(shapes, flags), "by its weights"
     base = PRESETS[preset].to_dict() if preset else {}
     merged = {**base, **flags}
-    told = infer_config(shapes, merged.get("kind"), merged.get("num_res_blocks"))
+    try:
+        told = infer_config(shapes, merged.get("kind"), merged.get("num_res_blocks"))
+    except CheckpointError as error:
+        raise CheckpointError(f"{source}: {error}") from None
     if "num_heads" in flags and "num_head_channels" not in flags:
         merged["num_head_channels"] = -1
     if told["kind"] == "upsampler":
@@ -125,7 +133,7 @@ def resolve_config(
     for flag, value in told.items():
         given = _given(flag, merged, told)
         if given is not None and given != value:
-            own = flag in flags or (flag == "attention_ds" and "attention_resolutions" in flags)
+            own = any(name in flags for name in _SPELT.get(flag, (flag,)))
             problems.append(_disagreement("flag" if own else name, flag, given, value, merged))
             if flag == "kind":
                 break  # nothing else is comparable

@@ -1,6 +1,7 @@
 """GroupNorm with AdaGN modulation and SiLU in one call: every normalisation of an ADM network."""
 
 import functools
+import math
 import sys
 
 import numpy as np
@@ -89,7 +90,7 @@ def _numpy_forward(x, weight, bias, scale_shift, groups, eps, silu):
         if array is None and name == "scale_shift":
             continue
         if not isinstance(array, np.ndarray) or array.dtype != np.float32:
-            what = getattr(array, "dtype", type(array).__name__)
+            what = array.dtype if isinstance(array, np.ndarray) else type(array).__name__
             raise TypeError(f"{name} is {what}; with a NumPy x everything is a float32 array")
     _check(x, weight, bias, scale_shift, groups, eps)
     if reference_forced():
@@ -108,8 +109,6 @@ def _numpy_forward(x, weight, bias, scale_shift, groups, eps, silu):
     else:
         x = np.ascontiguousarray(x)
         y = np.empty_like(x)
-    if y.size == 0:
-        return y
     weight, bias = np.ascontiguousarray(weight), np.ascontiguousarray(bias)
     scale_shift = None if scale_shift is None else np.ascontiguousarray(scale_shift)
     moments = np.empty((2, n, groups), np.float32)
@@ -124,7 +123,7 @@ def _numpy_forward(x, weight, bias, scale_shift, groups, eps, silu):
         moments[1].ctypes.data,
         n,
         channels,
-        x.size // (n * channels),
+        math.prod(x.shape[2:]),
         groups,
         eps,
         silu,
@@ -184,15 +183,20 @@ def register():
 def _torch_forward(x, weight, bias, scale_shift, groups, eps, silu):
     import torch
 
-    if not isinstance(x, torch.Tensor):
-        raise TypeError(f"x is {type(x).__name__}; give a torch tensor or a NumPy array")
+    given = {"x": x, "weight": weight, "bias": bias, "scale_shift": scale_shift}
+    for name, tensor in given.items():
+        if not isinstance(tensor, torch.Tensor) and (tensor is not None or name != "scale_shift"):
+            raise TypeError(
+                f"{name} is {type(tensor).__name__}; give torch tensors or NumPy arrays"
+            )
+    if not x.dtype.is_floating_point:
+        raise TypeError(f"x is {x.dtype}; it must be of a floating-point dtype")
     _check(x, weight, bias, scale_shift, groups, eps)
     operator, function, reference = _torch_side()
     if (
         reference_forced()
         or x.dtype not in (torch.float32, torch.bfloat16)
         or x.device.type not in ("cpu", "meta")
-        or x.numel() == 0
     ):
         return reference(x, weight, bias, scale_shift, groups, eps, silu)
     if weight.dtype != torch.float32 or bias.dtype != torch.float32:
@@ -264,7 +268,7 @@ def _cpu(x, weight, bias, scale_shift, groups, eps, silu):
         rstd.data_ptr(),
         n,
         channels,
-        x.numel() // (n * channels),
+        math.prod(x.shape[2:]),
         groups,
         eps,
         silu,
@@ -307,7 +311,7 @@ def _cpu_backward(grad, x, mean, rstd, weight, bias, scale_shift, groups, silu, 
         dscale_shift,
         n,
         channels,
-        x.numel() // (n * channels),
+        math.prod(x.shape[2:]),
         groups,
         silu,
         _code(x),

@@ -23,7 +23,7 @@ def ada_group_norm(x, weight, bias, scale_shift=None, groups=32, eps=1e-5, silu=
     wide = _wide(x.dtype)
     h = F.group_norm(x.to(wide), groups, weight.to(wide), bias.to(wide), eps)
     if scale_shift is not None:
-        broadcast = scale_shift.to(wide).reshape(x.shape[0], -1, *[1] * (x.dim() - 2))
+        broadcast = scale_shift.to(wide).reshape(*scale_shift.shape, *[1] * (x.dim() - 2))
         scale, shift = broadcast.chunk(2, dim=1)
         h = h * (1 + scale) + shift
     return (F.silu(h) if silu else h).to(x.dtype)

@@ -84,7 +84,10 @@ def guidance_sweep(
 
 
 def markdown_table(rows: list[dict]) -> str:
-    """The rows of guidance_sweep as a table. FD-glyphs: not comparable with any FID."""
+    """The rows of guidance_sweep as a table.
+
+    FD-glyphs is measured in the judge's features: comparable within one sweep, never with an FID.
+    """
     lines = [
         "| guidance scale | class accuracy | FD-glyphs | precision | recall |",
         "|---|---|---|---|---|",
@@ -201,10 +204,10 @@ def _run(args, scales) -> list[dict]:
         return result.images
 
     sets = _collect(sample, scales, labels)
-    training = {"image_size": next(iter(sets.values()))[0].shape[1], "progress": True}
+    training = {"image_size": next(iter(sets.values()))[0].shape[1]}
     if args.judge_steps is not None:
         training["steps"] = args.judge_steps
-    judge = judging.cached_judge(args.judge, **training)
+    judge = judging.cached_judge(args.judge, progress=True, **training)
     report = judging.held_out_report(judge)
     judging.print_report(report)
     rows = guidance_sweep(sets, judge=judge, held_out=args.held_out)

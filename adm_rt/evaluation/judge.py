@@ -10,6 +10,7 @@ minute and a half on one core) and is not shipped; it is kept only where the cal
 from __future__ import annotations
 
 import argparse
+import json
 import os
 from pathlib import Path
 
@@ -39,6 +40,7 @@ class Judge(nn.Module):
             raise ValueError(f"image_size={image_size!r}: a multiple of 8, at least 16, is allowed")
         self.image_size = image_size
         self.width = width
+        self.training_arguments: dict = {}  # what train_judge was told; kept in the file
         self.trunk = nn.Sequential(
             *_conv(3, width, 5, 2),
             *_conv(width, 2 * width, 3, 1),
@@ -107,6 +109,14 @@ def train_judge(
         loss.backward()
         optimiser.step()
         schedule.step()
+    judge.training_arguments = {
+        "seed": seed,
+        "steps": steps,
+        "image_size": image_size,
+        "batch_size": batch_size,
+        "learning_rate": learning_rate,
+        "width": width,
+    }
     return judge.eval()
 
 
@@ -121,6 +131,7 @@ def held_out_report(judge: Judge, num_images: int = 5000, seed: int = HELD_OUT_S
         "accuracy": float(np.mean(called == labels)),
         "num_images": num_images,
         "seed": seed,
+        "training": judge.training_arguments,
         "confusions": {
             f"{GLYPH_CLASSES[pairs[k] // 64]}>{GLYPH_CLASSES[pairs[k] % 64]}": int(counts[k])
             for k in order
@@ -134,9 +145,10 @@ def save_judge(judge: Judge, path) -> None:
 
     path = Path(path)
     aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    shape = {"image_size": str(judge.image_size), "width": str(judge.width)}
+    shape = {"image_size": judge.image_size, "width": judge.width}
+    header = {"judge": json.dumps(shape), "training": json.dumps(judge.training_arguments)}
     try:
-        save_file({k: v.contiguous() for k, v in judge.state_dict().items()}, aside, shape)
+        save_file({k: v.contiguous() for k, v in judge.state_dict().items()}, aside, header)
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
@@ -148,31 +160,36 @@ def load_judge(path) -> Judge:
 
     try:
         with safe_open(path, framework="pt") as file:
-            shape = file.metadata() or {}
+            header = file.metadata() or {}
             weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        judge = Judge(int(shape["image_size"]), int(shape["width"]))
+        judge = Judge(**json.loads(header["judge"]))
+        judge.training_arguments = json.loads(header["training"])
         judge.load_state_dict(weights)
-    except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
+    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(
             f"{path} is not a judge: {error}. Delete it to train one again."
         ) from error
     return judge.to(memory_format=torch.channels_last).eval()
 
 
-def cached_judge(cache=None, **training) -> Judge:
-    """The judge in the file `cache`, trained with `training` (see train_judge) when not there."""
-    if cache is not None and Path(cache).exists():
-        judge = load_judge(cache)
-        size = training.get("image_size", judge.image_size)
-        if size != judge.image_size:
-            raise ValueError(
-                f"the judge in {cache} is for image_size={judge.image_size}, not {size}: "
-                "give another file"
-            )
+def cached_judge(cache=None, progress: bool = False, **training) -> Judge:
+    """The judge in the file `cache`, trained with `training` (see train_judge) when not there.
+
+    ValueError when the file holds a judge that was trained with other arguments than those given.
+    """
+    if cache is None or not Path(cache).exists():
+        judge = train_judge(progress=progress, **training)
+        if cache is not None:
+            save_judge(judge, cache)
         return judge
-    judge = train_judge(**training)
-    if cache is not None:
-        save_judge(judge, cache)
+    judge = load_judge(cache)
+    for name, value in training.items():
+        kept = judge.training_arguments.get(name)
+        if kept != value:
+            raise ValueError(
+                f"the judge in {cache} was trained with {name}={kept}, not {value}: give another "
+                "file, or delete this one to train again"
+            )
     return judge
 
 
@@ -210,9 +227,11 @@ def main(argv=None) -> None:
     parser.add_argument("--steps", type=int, default=DEFAULT_STEPS)
     parser.add_argument("--seed", type=int, default=JUDGE_SEED)
     args = parser.parse_args(argv)
-    judge = cached_judge(
-        args.cache, seed=args.seed, steps=args.steps, image_size=args.image_size, progress=True
-    )
+    training = {"seed": args.seed, "steps": args.steps, "image_size": args.image_size}
+    try:
+        judge = cached_judge(args.cache, progress=True, **training)
+    except (ValueError, OSError, ImportError) as error:
+        parser.exit(1, f"error: {error}\n")
     print_report(held_out_report(judge))
 
 

@@ -48,22 +48,32 @@ def test_a_saved_judge_is_the_same_judge(judge, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["judge.safetensors"]
     images, _ = glyphs(20, 16, seed=4)
     assert np.array_equal(load_judge(path).examine(images)[1], judge.examine(images)[1])
-    kept = judging.cached_judge(path, steps=10**9)  # found, so not trained
-    assert np.array_equal(kept.examine(images)[1], judge.examine(images)[1])
-    with pytest.raises(ValueError, match="another file"):
-        judging.cached_judge(path, image_size=64)
+    assert load_judge(path).training_arguments == judge.training_arguments
 
 
-def test_a_judge_is_trained_once_and_kept_where_told(tmp_path):
+def test_a_judge_is_trained_once_and_kept_where_told(tmp_path, monkeypatch):
     path = tmp_path / "small.safetensors"
-    judging.cached_judge(path, steps=1, batch_size=4, width=4)
-    assert load_judge(path).width == 4
+    made = judging.cached_judge(path, steps=1, batch_size=4, width=4)
+    monkeypatch.setattr(judging, "train_judge", None)  # a second training would fail
+    for training in ({}, {"steps": 1, "width": 4}):
+        kept = judging.cached_judge(path, **training)
+        assert kept.training_arguments == made.training_arguments
+    for training, words in (
+        ({"image_size": 64}, "image_size=32, not 64"),
+        ({"steps": 2}, "steps=1"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            judging.cached_judge(path, **training)
 
 
 def test_a_damaged_judge_is_refused(judge, tmp_path):
     path = tmp_path / "judge.safetensors"
     save_judge(judge, path)
     path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match="is not a judge"):
+        load_judge(path)
+    torch_save = pytest.importorskip("safetensors.torch").save_file
+    torch_save({"weight": torch.zeros(3)}, path)  # another model's file
     with pytest.raises(CheckpointError, match="is not a judge"):
         load_judge(path)
     path.write_bytes(b"not weights")

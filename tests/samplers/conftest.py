@@ -21,6 +21,8 @@ class CountingEngine:
 class GaussianEngine(CountingEngine):
     """The exact network for data of independent N(mu, std^2) pixels, for any target.
 
+    ``std`` is a number, or an array that broadcasts against the images.
+
     The classifier is that of a label seen through N(x_0, noise_std^2) at the value ``label``, so
     that p(x_0 | label) is Gaussian again; ``posterior`` is its (mu, std). The learned variance is
     the true one of the reverse step, which makes ancestral sampling exact for any step count.
@@ -67,7 +69,7 @@ class GaussianEngine(CountingEngine):
         i = int(np.argmin(np.abs(d.timestep_map - t)))
         reverse = d.posterior_variance[i] + d.posterior_mean_coef1[i] ** 2 * variance
         low, high = d.posterior_log_variance_clipped[i], d.log_betas[i]
-        v = 2 * (math.log(reverse) - low) / (high - low) - 1 if high > low else 0.0
+        v = 2 * (np.log(reverse) - low) / (high - low) - 1 if high > low else 0.0
         return concatenate([out, 0 * out + v])
 
     def classifier_gradient(self, x, t, y):
@@ -116,7 +118,7 @@ def flow(x, mu, std, abar, abar_end):
     """The exact probability-flow solution for N(mu, std^2) data from one noise level to another."""
 
     def spread(a):
-        return math.sqrt(a * std**2 + 1 - a)
+        return np.sqrt(a * std**2 + 1 - a)
 
     centred = (x - math.sqrt(abar) * mu) / spread(abar)
     return math.sqrt(abar_end) * mu + spread(abar_end) * centred

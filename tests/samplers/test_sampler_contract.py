@@ -204,8 +204,10 @@ def test_classifier_free_guidance_off_costs_nothing(process, wavy_engine, sample
         assert len(engine.log) == 3
     engine = wavy_engine(6)
     more = {"cfg_scale": 3.0, "null_label": 9, "guidance_interval": (1, 998)}
-    sampler(engine, start(), process("3"), LABELS, **more, **options(sampler))
-    assert len(engine.log) == 4
+    sampler(engine, start(), process("5"), LABELS, **more, **options(sampler))
+    evaluated = [t for _, t, y in engine.log if y[0] == 1]
+    assert [t for _, t, y in engine.log if y[0] == 9] == [t for t in evaluated if 1 <= t <= 998]
+    assert 5 < len(engine.log) < 10
 
 
 def test_dynamic_threshold_bounds_the_guided_x0(process, wavy_engine, sampler):
@@ -297,11 +299,13 @@ def test_bad_types_are_refused_before_any_work(process, wavy_engine, sampler, ar
     ids=["count", "float_seeds", "steps", "int_noise"],
 )
 def test_bad_noise(process, wavy_engine, sampler, noise):
-    if not (sampler.needs_noise or sampler.uses_eta):
-        pytest.skip(f"{sampler.name} draws no noise and ignores the argument")
     engine = wavy_engine(6)
+    arguments = {**options(sampler), "noise": noise}
+    if not (sampler.needs_noise or sampler.uses_eta):  # then the argument is ignored
+        assert np.isfinite(sampler(engine, start(), process("3"), **arguments)).all()
+        return
     with pytest.raises(ValueError, match="noise has shape"):
-        sampler(engine, start(), process("3"), **{**options(sampler), "noise": noise})
+        sampler(engine, start(), process("3"), **arguments)
     assert not engine.log
 
 

@@ -9,54 +9,69 @@ from adm_rt.samplers import SAMPLERS
 from adm_rt.samplers.ode_grid import ode_grid
 
 ODE_SAMPLERS = [name for name, sampler in SAMPLERS.items() if sampler.ode_order]
-START = np.linspace(-2, 2, 24).reshape(2, 3, 2, 2)
+# Errors of different signs can cancel for one width of the data; not for all of them.
+WIDTHS = np.array([0.15, 0.3, 0.6, 0.9, 1.3, 2.0]).reshape(1, 1, 1, 6)
+START = np.linspace(-2, 2, 36).reshape(2, 3, 1, 6)
 
 
-class Smooth:
+def smooth_process(process, respacing, target="eps"):
     """A process with a log signal-to-noise ratio linear in t, so that orders show early."""
-
-    def __new__(cls, process, respacing, target="eps"):
-        diffusion = process(respacing, target, "fixed_large", steps=4000)
-        abar = 1 / (1 + np.exp(-2 * np.linspace(2.5, -2.5, 4000)))
-        diffusion.original_alphas_cumprod = abar
-        diffusion._make_tables()
-        return diffusion
+    diffusion = process(respacing, target, "fixed_large", steps=4000)
+    diffusion.original_alphas_cumprod = 1 / (1 + np.exp(-2 * np.linspace(2.5, -2.5, 4000)))
+    diffusion._make_tables()
+    return diffusion
 
 
-def ends(sampler, diffusion):
-    """abar at which a deterministic run starts and ends."""
+def exact(sampler, diffusion, engine, exact_flow, mu, std):
+    """What a deterministic run tends to with ever more steps.
+
+    On kept timesteps it is the flow between the first and the last kept level; the step before or
+    after (from the image or to it, or to pure noise) is one exact formula and stays.
+    """
+    abar = diffusion.alphas_cumprod
     if sampler.uses_ode_grid:
         alpha = ode_grid(diffusion).alpha
-        return alpha[0] ** 2, alpha[-1] ** 2
+        return exact_flow(START, mu, std, alpha[0] ** 2, alpha[-1] ** 2)
     if sampler.encodes:
-        return 1.0, 0.0
-    return diffusion.alphas_cumprod[-1], 1.0
+        x = exact_flow(START, mu, std, abar[0], abar[-1])
+        return (
+            np.sqrt(1 - abar[-1])
+            * (x - math.sqrt(abar[-1]) * mu)
+            / (abar[-1] * std**2 + 1 - abar[-1])
+        )
+    x = exact_flow(START, mu, std, abar[-1], abar[0])
+    gain = math.sqrt(abar[0]) * std**2 / (abar[0] * std**2 + 1 - abar[0])
+    return mu + gain * (x - math.sqrt(abar[0]) * mu)
 
 
 def error(sampler, diffusion, engine, exact_flow, scale=0.0):
-    start, end = ends(sampler, diffusion)
-    if sampler.encodes:
-        # The first step takes the image for one at the first level.
-        start = diffusion.alphas_cumprod[0]
     y = np.zeros(2, dtype=np.int64) if scale else None
     got = sampler(engine, START, diffusion, y, scale, clip="none")
     mu, std = engine.posterior if scale else (engine.mu, engine.std)
-    return np.abs(got - exact_flow(START, mu, std, start, end)).max()
+    return np.abs(got - exact(sampler, diffusion, engine, exact_flow, mu, std)).max()
+
+
+# On kept steps the published rule takes a predicted previous x for that of the respaced process,
+# which no network trained on the original one gives; see test_sampler_steps.py for those.
+ORDER_CASES = [
+    (name, target)
+    for name in ODE_SAMPLERS
+    for target in ("eps", "xstart", "previous_x")
+    if target != "previous_x" or SAMPLERS[name].uses_ode_grid
+]
 
 
 @pytest.mark.parametrize("scale", [0.0, 1.0])
-@pytest.mark.parametrize("target", ["eps", "xstart", "previous_x"])
-@pytest.mark.parametrize("name", ODE_SAMPLERS)
+@pytest.mark.parametrize(("name", "target"), ORDER_CASES)
 def test_order(process, gaussian_engine, exact_flow, name, target, scale):
     sampler = SAMPLERS[name]
-    if target == "previous_x" and not sampler.uses_ode_grid:
-        pytest.skip("on kept steps the published rule takes the output for the respaced posterior")
     errors = []
     for steps in (16, 32, 64, 128):
-        diffusion = Smooth(process, str(steps), target)
-        errors.append(error(sampler, diffusion, gaussian_engine(diffusion), exact_flow, scale))
+        diffusion = smooth_process(process, str(steps), target)
+        engine = gaussian_engine(diffusion, std=WIDTHS)
+        errors.append(error(sampler, diffusion, engine, exact_flow, scale))
     slopes = -np.diff(np.log2(errors))
-    assert np.all(slopes > sampler.ode_order - 0.35), (errors, slopes)
+    assert np.all(slopes > sampler.ode_order - 0.2), (errors, slopes)
     assert slopes[-1] < sampler.ode_order + 0.7, (errors, slopes)
 
 
@@ -70,7 +85,7 @@ def test_error_falls_on_the_real_schedules(
     errors = []
     for steps in (20, 80, 320):
         diffusion = process(str(steps), noise_schedule=schedule)
-        engine = gaussian_engine(diffusion, mu=0.1, std=0.8)
+        engine = gaussian_engine(diffusion, std=WIDTHS)
         errors.append(error(sampler, diffusion, engine, exact_flow, scale))
     factor = 4 ** (sampler.ode_order - 0.3)
     assert errors[0] > errors[1] > errors[2], errors
@@ -79,7 +94,7 @@ def test_error_falls_on_the_real_schedules(
 
 def test_multistep_beats_ddim_at_25_steps(process, gaussian_engine, exact_flow):
     diffusion = process("25")
-    engine = gaussian_engine(diffusion, mu=0.1, std=0.8)
+    engine = gaussian_engine(diffusion, std=WIDTHS)
     errors = {n: error(SAMPLERS[n], diffusion, engine, exact_flow) for n in ODE_SAMPLERS}
     assert errors["dpmpp_2m"] < errors["ddim"] / 2
     assert errors["unipc"] < errors["ddim"] / 2
@@ -94,7 +109,7 @@ def test_reverse_then_forward_returns_the_image(process, gaussian_engine):
         latent = SAMPLERS["ddim_reverse"](engine, image, diffusion, clip="none")
         again = SAMPLERS["ddim"](engine, latent, diffusion, clip="none")
         errors.append(np.abs(again - image).max())
-    assert np.all(np.diff(errors) < 0) and errors[-1] < 0.02, errors
+    assert np.all(np.diff(errors) < 0) and errors[-1] < 0.03, errors
 
 
 def images(engine, diffusion, count=32):
@@ -163,4 +178,4 @@ def test_ddim_with_noise_approaches_the_data(process, gaussian_engine):
     x, seeds = images(engine, diffusion, count=8)
     got = SAMPLERS["ddim"](engine, x, diffusion, noise=seeds, eta=1.0, clip="none")
     assert got.mean() == pytest.approx(engine.mu, abs=0.01)
-    assert got.std() == pytest.approx(engine.std, rel=0.03)
+    assert got.std() == pytest.approx(engine.std, rel=0.05)

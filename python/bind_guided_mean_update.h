@@ -50,16 +50,17 @@ inline adm_rt::GuidedMeanUpdateParams guided_mean_update_params(
   return p;
 }
 
-// What module.def takes: `run` gets the params with the GIL released.
-template <class Run>
+// What module.def takes: `run` gets the params and the module's own further arguments with the GIL
+// released.
+template <class... More, class Run>
 auto guided_mean_update_binding(Run run) {
   return [run](const std::array<float, adm_rt::kStepCoefficients>& coefficients,
                const std::array<int64_t, 5>& shape, const std::array<uintptr_t, 9>& inputs,
                const std::array<uintptr_t, 3>& outputs, const std::array<int, 2>& dtypes,
-               uint32_t step, bool learned_variance, int clip, double quantile) {
+               uint32_t step, bool learned_variance, int clip, double quantile, More... more) {
     const auto params = guided_mean_update_params(coefficients, shape, inputs, outputs, dtypes,
                                                   step, learned_variance, clip, quantile);
     pybind11::gil_scoped_release release;
-    run(params);
+    run(params, more...);
   };
 }

@@ -36,8 +36,8 @@ class StepCoefficients(NamedTuple):
       (Dhariwal & Nichol 2021, algorithm 2, written for x0).
     * guide_mean: classifier guidance of DDPM, the scale (algorithm 1: the mean moves by
       ``scale * variance * gradient``).
-    * next_*: the update. DDPM: the two posterior mean coefficients; DDIM: eps expressed by x and x0;
-      multistep solvers: earlier x0 in the history.
+    * next_*: the update. DDPM: the two posterior mean coefficients; DDIM: eps expressed by x and
+      x0; multistep solvers: earlier x0 in the history.
     * state_*: a second linear combination, for solvers that carry one (UniPC's corrected x); all
       zero: none is made.
     * min_log, max_log: logarithms of the posterior variance (clipped) and of beta.
@@ -91,8 +91,8 @@ def guided_mean_update(
 ):
     """One sampler step after the networks have run.
 
-    All tensors are torch tensors on one device, or all are NumPy arrays; which coefficient does what
-    is told at ``StepCoefficients``.
+    All tensors are torch tensors on one device, or all are NumPy arrays. ``StepCoefficients`` tells
+    which coefficient does what.
 
     * x [N, C, H, W] float32: the noisy images.
     * model_output [N, C or 2C, H, W] float32, bfloat16 or float16: the prediction and, where the
@@ -109,10 +109,11 @@ def guided_mean_update(
     Returns (x_next, x0, state): new contiguous tensors like x; x0 after guidance; state None when
     the row's state coefficients are all zero.
 
-    One pass over memory on CPU (AVX-512, AVX2 or portable, equal bits) and one CUDA kernel (two more
-    small ones for "dynamic"). Inference only: the kernels have no derivative. Tensors that require
-    grad while grad mode is on, float64 inputs and everything inside ``use_reference()`` go to
-    ``reference.guided_mean_update``, which has one; float64 NumPy arrays pass through torch there.
+    One pass over memory on the CPU (AVX-512, AVX2 or portable, equal bits) and one CUDA kernel (two
+    more for "dynamic"; not measured on a GPU yet). Inference only: the kernels have no derivative.
+    Tensors that require grad while grad mode is on, float64 inputs and everything inside
+    ``use_reference()`` go to ``reference.guided_mean_update``, which has one; float64 NumPy arrays
+    pass through torch there.
 
     Raises ValueError or TypeError naming the argument.
     """
@@ -124,8 +125,8 @@ def guided_mean_update(
         raise ValueError("noise and seeds are both given; give the noise tensor or the seeds")
     if noise is None and seeds is None and coefficients.noise != 0:
         raise ValueError(
-            f"coefficients.noise is {coefficients.noise} but there is neither noise nor seeds; give "
-            "noise [N, C, H, W], or seeds [N] and step"
+            f"coefficients.noise is {coefficients.noise} but there is neither noise nor seeds; "
+            "give noise [N, C, H, W], or seeds [N] and step"
         )
     arguments = {
         "gradient": gradient,
@@ -144,7 +145,7 @@ def guided_mean_update(
 
 
 def count_nonfinite(x):
-    """Number of NaN or infinite values per image: x [N, ...] (torch or NumPy) -> NumPy int64 [N]."""
+    """NaN or infinite values per image: x [N, ...], torch or NumPy -> NumPy int64 [N]."""
     if not isinstance(x, np.ndarray):
         x = x.detach()
         if x.device.type != "cpu" or str(x.dtype) != "torch.float32":
@@ -188,8 +189,8 @@ def _check(x, tensors, coefficients, learned_variance, clip, quantile):
             continue
         if isinstance(tensor, np.ndarray) != is_numpy or not hasattr(tensor, "shape"):
             raise TypeError(
-                f"{name} is a {type(tensor).__name__} and x a {type(x).__name__}; give either torch "
-                "tensors or NumPy arrays"
+                f"{name} is a {type(tensor).__name__} and x a {type(x).__name__}; give either "
+                "torch tensors or NumPy arrays"
             )
         if not is_numpy and tensor.device != x.device:
             raise ValueError(f"{name} is on {tensor.device} and x on {x.device}; move one of them")
@@ -314,8 +315,8 @@ def _torch(x, model_output, coefficients, **arguments):
         return _reference(x, model_output, coefficients, **arguments)
     if x.device.type not in ("cpu", "cuda", "meta"):
         raise ValueError(
-            f"x is on {x.device}; there are kernels for cpu and cuda: move the tensors, or run inside "
-            "`with adm_rt.ops.use_reference():`"
+            f"x is on {x.device}; there are kernels for cpu and cuda: move the tensors, or run "
+            "inside `with adm_rt.ops.use_reference():`"
         )
     seeds = arguments["seeds"]
     if seeds is not None:
@@ -338,7 +339,7 @@ def _torch(x, model_output, coefficients, **arguments):
 
 
 def _reference(x, model_output, coefficients, *, seeds, step, noise, history, **arguments):
-    """reference.guided_mean_update with its inputs in x's dtype and Philox noise where asked for."""
+    """reference.guided_mean_update, inputs cast to x's dtype, Philox noise where asked for."""
     import torch
 
     from adm_rt.ops import reference
@@ -391,7 +392,7 @@ def _cuda(x, model_output, coefficients, *arguments):
     module = cuda_extension()
     with torch.cuda.device(x.device):
         stream = torch.cuda.current_stream().cuda_stream
-        # Per-image thresholds of dynamic clipping; the caching allocator orders its reuse by stream.
+        # Thresholds of dynamic clipping; the caching allocator orders its reuse by stream.
         limits = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
 
         def run(*positional):
@@ -459,7 +460,7 @@ def cuda_extension():
         return importlib.import_module("adm_rt._cuda")
     except ImportError as error:
         raise ImportError(
-            f"x is a CUDA tensor and the CUDA kernels of adm_rt cannot be used ({error}): build with "
-            "`ADM_RT_CUDA=on pip install .` where nvcc is, move the tensors to the CPU, or run inside "
-            "`with adm_rt.ops.use_reference():`"
+            f"x is a CUDA tensor and the CUDA kernels of adm_rt cannot be used ({error}): build "
+            "with `ADM_RT_CUDA=on pip install .` where nvcc is, move the tensors to the CPU, or "
+            "run inside `with adm_rt.ops.use_reference():`"
         ) from error

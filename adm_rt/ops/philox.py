@@ -1,10 +1,11 @@
 """Counter-based random numbers: noise as a pure function of (seed, step, purpose, element).
 
-Philox4x32-10 (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011). The key is the
-64-bit seed of one image, the counter is ``(element // 4, step, purpose, 0)`` and the four words of
-a counter serve the elements ``4k .. 4k + 3``; normals come from them by Box-Muller. So an image's
-noise does not depend on the batch it is drawn in, on the number of threads, or on what was drawn
-before, and it has the same bits on every instruction set and on CUDA (csrc/common/philox.h).
+Philox4x32-10 (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011). The key is
+the 64-bit seed of one image, the counter is ``(element // 4, step, purpose, 0)`` and the four words
+of a counter serve the elements ``4k .. 4k + 3``; normals come from them by Box-Muller. So an
+image's noise does not depend on the batch it is drawn in, on the number of threads, or on what was
+drawn before, and it has the same bits in every CPU build and, by construction, on CUDA
+(csrc/common/philox.h).
 """
 
 import math

@@ -66,8 +66,6 @@ struct GuidedMeanUpdateParams {
 };
 
 // Throws std::invalid_argument when the params contradict themselves.
-void check_guided_mean_update(const GuidedMeanUpdateParams& params);
-
 void guided_mean_update_cpu(const GuidedMeanUpdateParams& params);
 
 // counts[i] = how many of the `size` values of image i are NaN or infinite.

@@ -6,6 +6,7 @@
 #define ADM_RT_KERNEL __global__ void
 #define ADM_RT_DEVICE __device__ __forceinline__
 #define ADM_RT_SHARED __shared__
+#define ADM_RT_GRID_CONSTANT __grid_constant__  // a kernel parameter that stays in constant memory
 
 namespace adm_rt::simt {
 

@@ -1,0 +1,79 @@
+// Instantiations and launch of guided_mean_update on CUDA.
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+
+#include "ops/guided_mean_update.cuh"
+#include "ops/guided_mean_update_check.h"
+#include "ops/guided_mean_update_cuda.h"
+
+namespace adm_rt {
+
+namespace {
+
+bool aligned(const void* pointer, DType dtype = DType::kFloat32) {
+  const uintptr_t mask = dtype == DType::kFloat32 ? 15 : 7;
+  return (reinterpret_cast<uintptr_t>(pointer) & mask) == 0;
+}
+
+// Whether every access can take four elements at once. Null pointers are aligned.
+bool vectorizable(const GuidedMeanUpdateParams& p) {
+  return p.channels * p.pixels % 4 == 0 && p.model_channels * p.pixels % 4 == 0 &&
+         (p.uncond_output == nullptr || p.uncond_channels * p.pixels % 4 == 0) && aligned(p.x) &&
+         aligned(p.model_output, p.model_dtype) && aligned(p.uncond_output, p.model_dtype) &&
+         aligned(p.gradient, p.gradient_dtype) && aligned(p.history[0]) && aligned(p.history[1]) &&
+         aligned(p.history[2]) && aligned(p.z) && aligned(p.x_next) && aligned(p.x0) &&
+         aligned(p.state);
+}
+
+template <UpdatePass kPass>
+void launch(const GuidedMeanUpdateParams& p, const StepTable& table, const float* limits,
+            cudaStream_t stream) {
+  const int64_t groups = (p.channels * p.pixels + 3) / 4;
+  const int64_t blocks = (groups + kUpdateThreads - 1) / kUpdateThreads;
+  const dim3 grid(static_cast<unsigned>(std::min<int64_t>(blocks, 65535)),
+                  static_cast<unsigned>(p.images));
+  if (vectorizable(p)) {
+    guided_mean_update_kernel<kPass, true><<<grid, kUpdateThreads, 0, stream>>>(p, table, limits);
+  } else {
+    guided_mean_update_kernel<kPass, false><<<grid, kUpdateThreads, 0, stream>>>(p, table, limits);
+  }
+}
+
+}  // namespace
+
+void guided_mean_update_cuda(const GuidedMeanUpdateParams& params, const float* table,
+                             const uint32_t* step_counter, float* limits, void* stream) {
+  check_guided_mean_update(params);
+  const int64_t size = params.channels * params.pixels;
+  ADM_RT_CHECK(params.images <= 65535, "guided_mean_update: a batch of ", params.images,
+               " images; CUDA takes at most 65535");
+  ADM_RT_CHECK(size < (int64_t{1} << 31), "guided_mean_update: an image of ", size,
+               " elements; CUDA takes fewer than 2^31");
+  ADM_RT_CHECK((table == nullptr) == (step_counter == nullptr),
+               "guided_mean_update: table and step_counter come together");
+  if (params.images == 0) return;
+  const auto cuda_stream = static_cast<cudaStream_t>(stream);
+  const StepTable steps = {reinterpret_cast<const StepCoefficients*>(table), step_counter};
+  if (params.clip != Clip::kDynamic) {
+    launch<UpdatePass::kWhole>(params, steps, nullptr, cuda_stream);
+  } else {
+    ADM_RT_CHECK(limits != nullptr, "guided_mean_update: dynamic clipping needs limits [images]");
+    const QuantileRank rank = quantile_rank(params.quantile, size);
+    launch<UpdatePass::kPredict>(params, steps, nullptr, cuda_stream);
+    guided_mean_update_select_kernel<<<static_cast<unsigned>(params.images), kSelectThreads, 0,
+                                       cuda_stream>>>(params.x0, size,
+                                                      static_cast<uint32_t>(rank.low),
+                                                      rank.high > rank.low, rank.fraction, limits);
+    launch<UpdatePass::kFinish>(params, steps, limits, cuda_stream);
+  }
+  const cudaError_t error = cudaGetLastError();
+  if (error != cudaSuccess) {
+    throw std::runtime_error(std::string("guided_mean_update: CUDA launch failed: ") +
+                             cudaGetErrorString(error));
+  }
+}
+
+}  // namespace adm_rt

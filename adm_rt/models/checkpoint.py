@@ -338,14 +338,29 @@ def _array(tensor) -> np.ndarray:
     return tensor.detach().to("cpu", torch.float32).numpy()
 
 
-def _module(info: ModelInfo, weights: dict[str, np.ndarray]):
+def empty_module(config: ModelConfig):
+    """The network of ``config`` on torch's meta device: shapes and names, no memory, no values."""
     import torch
+    from torch.overrides import TorchFunctionMode
 
     from adm_rt import models
 
-    # Built without memory, so no time goes into values that are replaced at once.
-    with torch.device("meta"):
-        module = models.build(info.config)
+    class NoInitialisation(TorchFunctionMode):
+        # normal_ on the meta device would import torch._dynamo, which takes seconds.
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            kwargs = kwargs or {}
+            if getattr(function, "__module__", None) == "torch.nn.init":
+                return kwargs["tensor"] if "tensor" in kwargs else args[0]
+            return function(*args, **kwargs)
+
+    with torch.device("meta"), NoInitialisation():
+        return models.build(config)
+
+
+def _module(info: ModelInfo, weights: dict[str, np.ndarray]):
+    import torch
+
+    module = empty_module(info.config)
     state = {
         name: torch.from_numpy(np.require(w, requirements="CW")) for name, w in weights.items()
     }

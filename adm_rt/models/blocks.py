@@ -157,7 +157,8 @@ class AttentionPool2d(nn.Module):
     def __init__(self, spatial_size, channels, head_channels, out_channels):
         super().__init__()
         tokens = spatial_size**2 + 1
-        self.positional_embedding = nn.Parameter(torch.randn(channels, tokens) / channels**0.5)
+        self.positional_embedding = nn.Parameter(torch.empty(channels, tokens))
+        nn.init.normal_(self.positional_embedding, std=channels**-0.5)
         self.qkv_proj = nn.Conv1d(channels, 3 * channels, 1)
         self.c_proj = nn.Conv1d(channels, out_channels, 1)
         self.num_heads = channels // head_channels

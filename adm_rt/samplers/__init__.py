@@ -10,10 +10,7 @@ import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from adm_rt.samplers.ddim import ddim, ddim_reverse
-from adm_rt.samplers.ddpm import ddpm
-from adm_rt.samplers.dpm_solver import dpmpp_2m
-from adm_rt.samplers.unipc import unipc
+from adm_rt.samplers import ddim, ddpm, dpm_solver, unipc
 
 __all__ = ["SAMPLERS", "Sampler"]
 
@@ -45,10 +42,12 @@ class _Registry(dict):
 SAMPLERS: dict[str, Sampler] = _Registry(
     (sampler.name, sampler)
     for sampler in (
-        Sampler("ddpm", ddpm, "ancestral sampling", needs_noise=True, ode_order=0),
-        Sampler("ddim", ddim, "DDIM, with noise by eta", uses_eta=True),
-        Sampler("ddim_reverse", ddim_reverse, "images to noise", encodes=True),
-        Sampler("dpmpp_2m", dpmpp_2m, "DPM-Solver++(2M)", ode_order=2, uses_ode_grid=True),
-        Sampler("unipc", unipc, "UniPC-2 (bh2)", ode_order=2, uses_ode_grid=True),
+        Sampler("ddpm", ddpm.ddpm, "ancestral sampling", needs_noise=True, ode_order=0),
+        Sampler("ddim", ddim.ddim, "DDIM, with noise by eta", uses_eta=True),
+        Sampler("ddim_reverse", ddim.ddim_reverse, "images to noise", encodes=True),
+        Sampler(
+            "dpmpp_2m", dpm_solver.dpmpp_2m, "DPM-Solver++(2M)", ode_order=2, uses_ode_grid=True
+        ),
+        Sampler("unipc", unipc.unipc, "UniPC-2 (bh2)", ode_order=2, uses_ode_grid=True),
     )
 )

@@ -86,6 +86,8 @@ class GuidedRun:
         self._callback, self._low_res = callback, low_res
         self._clip = _check_clip(clip)
         self._quantile = finite("quantile", quantile, low=0.0, high=1.0)
+        if self._quantile == 0:
+            raise ValueError("quantile=0.0 is not allowed; use one above 0, Imagen's is 0.995.")
         _check_images(x, y, low_res)
         if callback is not None and not callable(callback):
             raise TypeError(f"callback must be callable or None, not {callback!r}.")
@@ -214,8 +216,8 @@ def _check_clip(clip):
 def _check_images(x, y, low_res):
     if len(getattr(x, "shape", ())) != 4:
         raise ValueError(f"x must be images [N, C, H, W], not shape {getattr(x, 'shape', None)}.")
-    if not str(x.dtype).replace("torch.", "").startswith(("float", "bfloat")):
-        raise TypeError(f"x must be floating point images, not {x.dtype}.")
+    if str(x.dtype).removeprefix("torch.") not in ("float32", "float64"):
+        raise TypeError(f"x must be float32 images (or float64), not {x.dtype}.")
     if y is not None and tuple(y.shape) != (x.shape[0],):
         raise ValueError(f"y has shape {tuple(y.shape)}; {x.shape[0]} images need ({x.shape[0]},).")
     if low_res is not None and low_res.shape[0] != x.shape[0]:
@@ -270,12 +272,16 @@ def _check_noise(noise, steps, x):
     if noise is None:
         fresh = np.random.SeedSequence().generate_state(count, np.uint64)
         return (fresh >> np.uint64(1)).astype(np.int64), None
+    if isinstance(noise, (list, tuple)):
+        noise = np.asarray(noise)
     shape = tuple(getattr(noise, "shape", ()))
     if shape == (count,) and "int" in str(noise.dtype):
         return noise, None
-    if shape == (steps, *x.shape) and "float" in str(noise.dtype):
+    same_kind = isinstance(noise, np.ndarray) == isinstance(x, np.ndarray)
+    if shape == (steps, *x.shape) and "float" in str(noise.dtype) and same_kind:
         return None, noise
     raise ValueError(
-        f"noise has shape {shape} and dtype {getattr(noise, 'dtype', None)}; use int64 seeds "
-        f"{(count,)}, floats {(steps, *x.shape)}, or None."
+        f"noise is a {type(noise).__name__} with shape {shape}, {getattr(noise, 'dtype', None)}; "
+        f"use int64 seeds {(count,)}, floats {(steps, *x.shape)} of x's kind "
+        f"({type(x).__name__}), or None."
     )

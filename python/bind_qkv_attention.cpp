@@ -25,18 +25,18 @@ adm_rt::QkvAttentionShape make_shape(int64_t batch, int64_t heads, int64_t head_
   return shape;
 }
 
-void forward(uintptr_t qkv, uintptr_t out, uintptr_t lse, int64_t batch, int64_t heads,
+void forward(uintptr_t qkv, uintptr_t out, uintptr_t stats, int64_t batch, int64_t heads,
              int64_t head_dim, int64_t length, int64_t num_queries, int order, int dtype) {
   adm_rt::QkvAttentionParams p;
   p.shape = make_shape(batch, heads, head_dim, length, num_queries, order, dtype);
   p.qkv = reinterpret_cast<const void*>(qkv);
   p.out = reinterpret_cast<void*>(out);
-  p.lse = reinterpret_cast<float*>(lse);
+  p.stats = reinterpret_cast<float*>(stats);
   py::gil_scoped_release release;
   adm_rt::qkv_attention_cpu(p);
 }
 
-void backward(uintptr_t grad, uintptr_t qkv, uintptr_t out, uintptr_t lse, uintptr_t dqkv,
+void backward(uintptr_t grad, uintptr_t qkv, uintptr_t out, uintptr_t stats, uintptr_t dqkv,
               int64_t batch, int64_t heads, int64_t head_dim, int64_t length, int64_t num_queries,
               int order, int dtype) {
   adm_rt::QkvAttentionBackwardParams p;
@@ -44,7 +44,7 @@ void backward(uintptr_t grad, uintptr_t qkv, uintptr_t out, uintptr_t lse, uintp
   p.grad = reinterpret_cast<const void*>(grad);
   p.qkv = reinterpret_cast<const void*>(qkv);
   p.out = reinterpret_cast<const void*>(out);
-  p.lse = reinterpret_cast<const float*>(lse);
+  p.stats = reinterpret_cast<const float*>(stats);
   p.dqkv = reinterpret_cast<void*>(dqkv);
   py::gil_scoped_release release;
   adm_rt::qkv_attention_backward_cpu(p);
@@ -54,11 +54,11 @@ void backward(uintptr_t grad, uintptr_t qkv, uintptr_t out, uintptr_t lse, uintp
 
 void bind_qkv_attention(py::module_& module) {
   using py::arg;
-  module.def("qkv_attention", &forward, arg("qkv"), arg("out"), arg("lse"), arg("batch"),
+  module.def("qkv_attention", &forward, arg("qkv"), arg("out"), arg("stats"), arg("batch"),
              arg("heads"), arg("head_dim"), arg("length"), arg("num_queries"), arg("order"),
              arg("dtype"),
              "See csrc/ops/qkv_attention.h. order: 0 legacy, 1 new; dtype: 0 float32, 1 bfloat16.");
-  module.def("qkv_attention_backward", &backward, arg("grad"), arg("qkv"), arg("out"), arg("lse"),
+  module.def("qkv_attention_backward", &backward, arg("grad"), arg("qkv"), arg("out"), arg("stats"),
              arg("dqkv"), arg("batch"), arg("heads"), arg("head_dim"), arg("length"),
              arg("num_queries"), arg("order"), arg("dtype"), "Gradient of qkv_attention.");
 }

@@ -38,18 +38,22 @@ struct QkvAttentionShape {
 struct QkvAttentionParams {
   QkvAttentionShape shape;
   const void* qkv = nullptr;  // [batch, 3 * heads * head_dim, length]
-  void* out = nullptr;        // [batch, heads * head_dim, num_queries], channel = head * head_dim + i
-  float* lse = nullptr;       // [batch, heads, num_queries] or null: log2 sum_s exp(logit), for backward
+  void* out = nullptr;  // [batch, heads * head_dim, num_queries], channel = head * head_dim + i
+  // For the backward pass, or null: [batch, heads, 2, num_queries]. Row 0 is the maximum of the
+  // logits in units of ln 2, row 1 the sum of exp(logit - maximum). Kept apart, and not as one
+  // log-sum-exp, so that probabilities come out the same when logits are large.
+  float* stats = nullptr;
 };
 
-// With P = softmax (recomputed from q, k and lse) and delta[t] = sum_c grad[c, t] * out[c, t]:
-//   dv = grad P,  dP = grad^T v,  dS = P * (dP - delta),  dq = k dS^T / sqrt(d),  dk = q dS / sqrt(d)
+// With P = softmax (recomputed from q, k and stats) and delta[t] = sum_c grad[c, t] * out[c, t]:
+//   dv = grad P,  dP = grad^T v,  dS = P * (dP - delta),  dq = k dS^T / sqrt(d),  dk = q dS /
+//   sqrt(d)
 struct QkvAttentionBackwardParams {
   QkvAttentionShape shape;
   const void* grad = nullptr;  // like out
   const void* qkv = nullptr;   // as in the forward pass, and so for the next two
   const void* out = nullptr;
-  const float* lse = nullptr;
+  const float* stats = nullptr;
   void* dqkv = nullptr;  // like qkv; every element is written
 };
 

@@ -1,8 +1,7 @@
 // qkv_attention, backward: five products per (key block, query block), as in FlashAttention-2
-// (Dao, 2023, algorithm 2), with the probabilities recomputed from q, k and the saved log-sum-exp.
-// Probabilities and their gradients are [key][query] tiles, queries along the vectors; the products
-// that sum over queries (dk, dv) take q and grad transposed, channels along the vectors.
-#include <math.h>
+// (Dao, 2023, algorithm 2), with the probabilities recomputed from q, k and the saved maxima and
+// sums. Probabilities and their gradients are [key][query] tiles, queries along the vectors; the
+// products that sum over queries (dk, dv) take q and grad transposed, channels along the vectors.
 #include <string.h>
 
 #include "ops/qkv_attention_kernels.h"
@@ -13,23 +12,26 @@ namespace {
 
 constexpr int64_t kKeyBlock = 64;
 
-// Panels: [block][row][kPanel]. A query block holds kPanel queries, a channel block kPanel channels.
+// Panels: [block][row][kPanel]. A query block holds kPanel queries, a channel block kPanel
+// channels.
 struct BackwardScratch {
-  float* q;       // [query block][head_dim, kPanel], scaled by log2(e) / sqrt(head_dim)
-  float* grad;    // [query block][head_dim, kPanel]
-  float* q_t;     // [channel block][query, kPanel]: transposed and unscaled
-  float* grad_t;  // [channel block][query, kPanel]
-  float* dq;      // [query block][head_dim rounded up, kPanel]
-  float* lse;     // [query], padded to whole blocks, as delta
+  float* q;        // [query block][head_dim, kPanel], scaled by log2(e) / sqrt(head_dim)
+  float* grad;     // [query block][head_dim, kPanel]
+  float* q_t;      // [channel block][query, kPanel]: transposed and unscaled
+  float* grad_t;   // [channel block][query, kPanel]
+  float* dq;       // [query block][head_dim rounded up, kPanel]
+  float* maximum;  // [query], padded to whole blocks, as the next two
+  float* inverse;  // 1 / sum of exp(logit - maximum)
   float* delta;
-  float* k_t;  // [kKeyBlock, head_dim]
-  float* v_t;  // [kKeyBlock, head_dim]
-  float* p;    // [kKeyBlock, kPanel]
-  float* ds;   // [kKeyBlock, kPanel]
-  float* dk;   // [channel block][kKeyBlock, kPanel]
-  float* dv;   // [channel block][kKeyBlock, kPanel]
-  float* rows;       // [kPanel, kKeyBlock]
-  float* converted;  // bfloat16 only: q, k, v [3, head_dim, length], grad, out [2, head_dim, queries]
+  float* k_t;   // [kKeyBlock, head_dim]
+  float* v_t;   // [kKeyBlock, head_dim]
+  float* p;     // [kKeyBlock, kPanel]
+  float* ds;    // [kKeyBlock, kPanel]
+  float* dk;    // [channel block][kKeyBlock, kPanel]
+  float* dv;    // [channel block][kKeyBlock, kPanel]
+  float* rows;  // [kPanel, kKeyBlock]
+  float*
+      converted;  // bfloat16 only: q, k, v [3, head_dim, length], grad, out [2, head_dim, queries]
 };
 
 int64_t carve(const QkvAttentionShape& shape, float* base, BackwardScratch* s) {
@@ -47,7 +49,8 @@ int64_t carve(const QkvAttentionShape& shape, float* base, BackwardScratch* s) {
   s->q_t = take(channel_blocks * queries * kPanel);
   s->grad_t = take(channel_blocks * queries * kPanel);
   s->dq = take(query_blocks * round_up(d, kRows) * kPanel);
-  s->lse = take(query_blocks * kPanel);
+  s->maximum = take(query_blocks * kPanel);
+  s->inverse = take(query_blocks * kPanel);
   s->delta = take(query_blocks * kPanel);
   s->k_t = take(kKeyBlock * d);
   s->v_t = take(kKeyBlock * d);
@@ -105,12 +108,14 @@ void zero_row(const QkvAttentionBackwardParams& p, int64_t at, int64_t n) {
 }
 
 // Everything that depends on the queries alone.
-void pack_queries(const QkvAttentionShape& shape, const Head& h, const float* lse, float scale,
+void pack_queries(const QkvAttentionShape& shape, const Head& h, const float* stats,
                   const BackwardScratch& s) {
   const int64_t d = shape.head_dim, length = shape.length, queries = shape.num_queries;
   const int64_t blocks = (queries + kPanel - 1) / kPanel;
+  const float scale = logit_scale_base2(d);
   for (int64_t j = 0; j < blocks * kPanel; ++j) {
-    s.lse[j] = j < queries ? lse[j] : 0.0f;
+    s.maximum[j] = j < queries ? stats[j] : 0.0f;
+    s.inverse[j] = j < queries ? 1.0f / stats[queries + j] : 0.0f;
     s.delta[j] = 0.0f;
   }
   for (int64_t c = 0; c < d; ++c) {
@@ -120,13 +125,15 @@ void pack_queries(const QkvAttentionShape& shape, const Head& h, const float* ls
       const int64_t first = block * kPanel;
       const int64_t count = queries - first < kPanel ? queries - first : kPanel;
       const int64_t at = (block * d + c) * kPanel;
-      copy_scaled(h.q + c * length + first, count, s.q + at, scale * kLog2E);
+      copy_scaled(h.q + c * length + first, count, s.q + at, scale);
       copy_scaled(g + first, count, s.grad + at, 1.0f);
     }
     for (int64_t j = 0; j < queries; j += Vec::kWidth) {
       const int n = static_cast<int>(queries - j);
-      const Vec product = Vec::load_partial(g + j, n) * Vec::load_partial(y + j, n);
-      (Vec::load(s.delta + j) + product).store(s.delta + j);
+      // In the order of the product that makes dp: where the softmax is saturated, dp - delta is
+      // then exactly zero.
+      const Vec sum = Vec::load(s.delta + j);
+      mul_add(Vec::load_partial(g + j, n), Vec::load_partial(y + j, n), sum).store(s.delta + j);
     }
   }
   for (int64_t first = 0; first < d; first += kPanel) {
@@ -142,16 +149,16 @@ void pack_queries(const QkvAttentionShape& shape, const Head& h, const float* ls
   }
 }
 
-// p = 2^(logit - lse) and ds = p * (dp - delta), where ds holds dp.
-void softmax_gradient(int64_t keys, int64_t columns, const float* lse, const float* delta, float* p,
-                      float* ds) {
+// p = 2^(logit - maximum) / sum and ds = p * (dp - delta), where p holds logits and ds dp.
+void softmax_gradient(int64_t keys, int64_t columns, const float* maximum, const float* inverse,
+                      const float* delta, float* p, float* ds) {
   for (int64_t j = 0; j < columns; j += Vec::kWidth) {
-    const Vec l = Vec::load(lse + j), m = Vec::load(delta + j);
+    const Vec m = Vec::load(maximum + j), r = Vec::load(inverse + j), t = Vec::load(delta + j);
     for (int64_t i = 0; i < keys; ++i) {
       const int64_t at = i * kPanel + j;
-      const Vec e = exp2_shifted(Vec::load(p + at) - l);
+      const Vec e = exp2_shifted(Vec::load(p + at) - m) * r;
       e.store(p + at);
-      (e * (Vec::load(ds + at) - m)).store(ds + at);
+      (e * (Vec::load(ds + at) - t)).store(ds + at);
     }
   }
 }
@@ -161,7 +168,7 @@ void backward_head(const QkvAttentionBackwardParams& p, int64_t image, int64_t h
   const QkvAttentionShape& shape = p.shape;
   const int64_t d = shape.head_dim, length = shape.length, queries = shape.num_queries;
   const Head h = load_head(p, image, head, s.converted);
-  pack_queries(shape, h, p.lse + (image * shape.heads + head) * queries, scale, s);
+  pack_queries(shape, h, p.stats + (image * shape.heads + head) * 2 * queries, s);
   for (int64_t first = 0; first < length; first += kKeyBlock) {
     const int64_t keys = length - first < kKeyBlock ? length - first : kKeyBlock;
     transpose(h.k + first, length, d, keys, s.k_t, d);
@@ -170,7 +177,7 @@ void backward_head(const QkvAttentionBackwardParams& p, int64_t image, int64_t h
       const int64_t count = queries - t < kPanel ? queries - t : kPanel;
       gemm_panel<Write::kStore>(keys, count, d, s.k_t, d, s.q + t * d, s.p);
       gemm_panel<Write::kStore>(keys, count, d, s.v_t, d, s.grad + t * d, s.ds);
-      softmax_gradient(keys, count, s.lse + t, s.delta + t, s.p, s.ds);
+      softmax_gradient(keys, count, s.maximum + t, s.inverse + t, s.delta + t, s.p, s.ds);
       for (int64_t c = 0; c < d; c += kPanel) {
         const int64_t width = d - c < kPanel ? d - c : kPanel;
         float* dv = s.dv + c * kKeyBlock;
@@ -227,7 +234,7 @@ int64_t qkv_attention_backward_scratch(const QkvAttentionShape& shape) {
 
 void qkv_attention_backward_tasks(const QkvAttentionBackwardParams& p, float* scratch,
                                   int64_t begin, int64_t end) {
-  const float scale = static_cast<float>(1.0 / ::sqrt(static_cast<double>(p.shape.head_dim)));
+  const float scale = logit_scale(p.shape.head_dim);
   BackwardScratch s;
   carve(p.shape, scratch, &s);
   for (int64_t pair = begin; pair < end; ++pair) {
@@ -240,7 +247,7 @@ void qkv_attention_backward_single(const QkvAttentionBackwardParams& p, float* s
   constexpr int w = Vec::kWidth;
   const QkvAttentionShape& shape = p.shape;
   const int64_t d = shape.head_dim, length = shape.length, padded = round_up(length, w);
-  const float scale = static_cast<float>(1.0 / ::sqrt(static_cast<double>(d)));
+  const float scale = logit_scale(d);
   float* probabilities = scratch;
   float* ds = scratch + padded;
   float* row = scratch + 2 * padded;
@@ -249,13 +256,16 @@ void qkv_attention_backward_single(const QkvAttentionBackwardParams& p, float* s
     const int64_t image = pair / shape.heads, head = pair % shape.heads;
     const Head h = load_head(p, image, head, buffer);
     // grad has one column: the same loop as for the logits, with v for k.
-    weighted_rows(h.q, length, scale * kLog2E, h.k, d, length, -INFINITY, probabilities);
+    weighted_rows(h.q, length, logit_scale_base2(d), h.k, d, length, -INFINITY, probabilities);
     weighted_rows(h.grad, 1, 1.0f, h.v, d, length, 0.0f, ds);
-    const Vec delta = Vec::set1(dot(h.grad, h.out, d)), lse = Vec::set1(p.lse[pair]);
+    const Vec maximum = Vec::set1(p.stats[2 * pair]);
+    const Vec inverse = Vec::set1(1.0f / p.stats[2 * pair + 1]);
     for (int64_t i = 0; i < padded; i += w) {
-      const Vec e = exp2_shifted(Vec::load(probabilities + i) - lse);
-      e.store(probabilities + i);
-      (e * (Vec::load(ds + i) - delta)).store(ds + i);
+      (exp2_shifted(Vec::load(probabilities + i) - maximum) * inverse).store(probabilities + i);
+    }
+    const Vec delta = Vec::set1(dot(probabilities, ds, length));
+    for (int64_t i = 0; i < padded; i += w) {
+      (Vec::load(probabilities + i) * (Vec::load(ds + i) - delta)).store(ds + i);
     }
     for (int64_t c = 0; c < d; ++c) {
       const int64_t at = head_offset(shape, image, head, 0) + c * length;

@@ -18,12 +18,13 @@ void check_shape(const QkvAttentionShape& s) {
   ADM_RT_CHECK(s.batch >= 0 && s.heads >= 1 && s.head_dim >= 1 && s.length >= 1,
                "qkv_attention: batch=", s.batch, ", heads=", s.heads, ", head_dim=", s.head_dim,
                ", length=", s.length, " must be positive (batch may be 0)");
-  ADM_RT_CHECK(s.num_queries >= 1 && s.num_queries <= s.length, "qkv_attention: num_queries=",
-               s.num_queries, " is not in [1, length=", s.length, "]");
+  ADM_RT_CHECK(s.num_queries >= 1 && s.num_queries <= s.length,
+               "qkv_attention: num_queries=", s.num_queries, " is not in [1, length=", s.length,
+               "]");
   ADM_RT_CHECK(s.order == QkvOrder::kLegacy || s.order == QkvOrder::kNew,
                "qkv_attention: order=", static_cast<int>(s.order), " is not 0 (legacy) or 1 (new)");
-  ADM_RT_CHECK(s.dtype == DType::kFloat32 || s.dtype == DType::kBFloat16,
-               "qkv_attention: dtype ", name_of(s.dtype), " is not float32 or bfloat16");
+  ADM_RT_CHECK(s.dtype == DType::kFloat32 || s.dtype == DType::kBFloat16, "qkv_attention: dtype ",
+               name_of(s.dtype), " is not float32 or bfloat16");
 }
 
 // 64-byte aligned floats that this thread keeps from call to call, up to kKept of them.
@@ -94,7 +95,7 @@ void qkv_attention_backward_cpu(const QkvAttentionBackwardParams& p) {
   check_shape(shape);
   const int64_t heads = shape.batch * shape.heads;
   if (heads == 0) return;
-  ADM_RT_CHECK(p.grad != nullptr && p.qkv != nullptr && p.out != nullptr && p.lse != nullptr &&
+  ADM_RT_CHECK(p.grad != nullptr && p.qkv != nullptr && p.out != nullptr && p.stats != nullptr &&
                    p.dqkv != nullptr,
                "qkv_attention_backward: null pointer");
   const int64_t floats = ADM_RT_DISPATCH(qkv_attention_backward_scratch(shape));

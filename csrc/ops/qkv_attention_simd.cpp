@@ -2,7 +2,7 @@
 // probabilities are [key][query], sums are [channel][query]. So the softmax needs no horizontal
 // reduction, v is read where it lies (channel-major) and the result is written without a transpose;
 // only k is transposed, once per head.
-#include <math.h>
+#include <string.h>
 
 #include "ops/qkv_attention_kernels.h"
 #include "ops/qkv_attention_tile.h"
@@ -14,10 +14,10 @@ namespace {
 constexpr int64_t kKeyBlock = 128;
 
 struct ForwardScratch {
-  float* query;      // [head_dim, kPanel], scaled by log2(e) / sqrt(head_dim)
-  float* logits;     // [kKeyBlock, kPanel]
-  float* sums;       // [head_dim rounded up, kPanel]
-  float* maximum;    // [kPanel] each of the next four
+  float* query;    // [head_dim, kPanel], scaled by log2(e) / sqrt(head_dim)
+  float* logits;   // [kKeyBlock, kPanel]
+  float* sums;     // [head_dim rounded up, kPanel]
+  float* maximum;  // [kPanel] each of the next four
   float* previous;
   float* rescale;
   float* normalizer;
@@ -93,8 +93,7 @@ void query_block(const QkvAttentionShape& shape, const float* v, int64_t count,
   for (int64_t first = 0; first < shape.length; first += kKeyBlock) {
     const int64_t rest = shape.length - first;
     const int64_t keys = rest < kKeyBlock ? rest : kKeyBlock;
-    gemm_rows<Write::kStoreMax, kVecs>(keys, d, s.key + first * d, d, s.query, s.logits,
-                                       s.maximum);
+    gemm_rows<Write::kStoreMax, kVecs>(keys, d, s.key + first * d, d, s.query, s.logits, s.maximum);
     softmax_block<kVecs>(keys, s);
     if (first == 0) {
       gemm_rows<Write::kStore, kVecs>(d, keys, v, shape.length, s.logits, s.sums, nullptr);
@@ -137,7 +136,7 @@ void qkv_attention_tasks(const QkvAttentionParams& p, float* scratch, int64_t be
   const QkvAttentionShape& shape = p.shape;
   const int64_t d = shape.head_dim, length = shape.length, queries = shape.num_queries;
   const int64_t blocks = (queries + kPanel - 1) / kPanel;
-  const float scale = static_cast<float>(1.4426950408889634 / ::sqrt(static_cast<double>(d)));
+  const float scale = logit_scale_base2(d);
   ForwardScratch s;
   carve(shape, scratch, &s);
   int64_t packed = -1;  // the head whose k lies in s.key
@@ -145,8 +144,8 @@ void qkv_attention_tasks(const QkvAttentionParams& p, float* scratch, int64_t be
   for (int64_t task = begin; task < end; ++task) {
     const int64_t pair = task / blocks, image = pair / shape.heads, head = pair % shape.heads;
     if (pair != packed) {
-      const float* k = as_float(p.qkv, shape.dtype, head_offset(shape, image, head, 1), d * length,
-                                s.converted);
+      const float* k =
+          as_float(p.qkv, shape.dtype, head_offset(shape, image, head, 1), d * length, s.converted);
       transpose(k, length, d, length, s.key, d);
       v = as_float(p.qkv, shape.dtype, head_offset(shape, image, head, 2), d * length, s.value);
       packed = pair;
@@ -170,9 +169,10 @@ void qkv_attention_tasks(const QkvAttentionParams& p, float* scratch, int64_t be
       if (vecs == 4) query_block<4>(shape, v, count, s);
     }
     store_queries(shape, p.out, out_offset(shape, image, head) + first, count, s);
-    if (p.lse != nullptr) {
-      float* lse = p.lse + pair * queries + first;
-      for (int64_t j = 0; j < count; ++j) lse[j] = s.maximum[j] + ::log2f(s.normalizer[j]);
+    if (p.stats != nullptr) {
+      float* stats = p.stats + pair * 2 * queries + first;
+      memcpy(stats, s.maximum, static_cast<size_t>(count) * sizeof(float));
+      memcpy(stats + queries, s.normalizer, static_cast<size_t>(count) * sizeof(float));
     }
   }
 }
@@ -181,13 +181,12 @@ void qkv_attention_single(const QkvAttentionParams& p, float* scratch, int64_t b
   constexpr int w = Vec::kWidth;
   const QkvAttentionShape& shape = p.shape;
   const int64_t d = shape.head_dim, length = shape.length, padded = round_up(length, w);
-  const float scale = static_cast<float>(1.4426950408889634 / ::sqrt(static_cast<double>(d)));
+  const float scale = logit_scale_base2(d);
   float* probabilities = scratch;
   float* buffer = scratch + padded;
   for (int64_t pair = begin; pair < end; ++pair) {
     const int64_t image = pair / shape.heads, head = pair % shape.heads, n = d * length;
-    const float* q =
-        as_float(p.qkv, shape.dtype, head_offset(shape, image, head, 0), n, buffer);
+    const float* q = as_float(p.qkv, shape.dtype, head_offset(shape, image, head, 0), n, buffer);
     const float* k =
         as_float(p.qkv, shape.dtype, head_offset(shape, image, head, 1), n, buffer + n);
     const float* v =
@@ -212,7 +211,10 @@ void qkv_attention_single(const QkvAttentionParams& p, float* scratch, int64_t b
         static_cast<uint16_t*>(p.out)[at + c] = float_to_bf16(y);
       }
     }
-    if (p.lse != nullptr) p.lse[pair] = maximum + ::log2f(normalizer);
+    if (p.stats != nullptr) {
+      p.stats[2 * pair] = maximum;
+      p.stats[2 * pair + 1] = normalizer;
+    }
   }
 }
 

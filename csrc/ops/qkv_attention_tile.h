@@ -3,6 +3,8 @@
 #ifndef ADM_RT_OPS_QKV_ATTENTION_TILE_H_
 #define ADM_RT_OPS_QKV_ATTENTION_TILE_H_
 
+#include <math.h>
+
 #include <cstdint>
 
 #include "common/simd.h"
@@ -18,7 +20,6 @@ namespace adm_rt::ADM_RT_ISA {
 constexpr int kRows = 4;
 constexpr int kPanelVecs = ADM_RT_ISA_LEVEL == 2 ? 4 : ADM_RT_ISA_LEVEL == 1 ? 3 : 1;
 constexpr int64_t kPanel = kPanelVecs * Vec::kWidth;  // columns of a packed operand
-constexpr float kLog2E = 1.44269504f;
 
 inline int64_t round_up(int64_t n, int64_t multiple) {
   return (n + multiple - 1) / multiple * multiple;
@@ -38,6 +39,14 @@ inline Vec exp2_shifted(Vec x) {
   p = mul_add(p, r, Vec::set1(0x1.62e430p-1f));
   p = mul_add(p, r, Vec::set1(1.0f));
   return scale_by_power_of_two(p, n);
+}
+
+// 1 / sqrt(head_dim), and the same in units of ln 2: then exp(logit) is 2^logit.
+inline float logit_scale(int64_t head_dim) {
+  return static_cast<float>(1.0 / ::sqrt(static_cast<double>(head_dim)));
+}
+inline float logit_scale_base2(int64_t head_dim) {
+  return static_cast<float>(1.4426950408889634 / ::sqrt(static_cast<double>(head_dim)));
 }
 
 // What gemm_rows does with its sums.
@@ -204,7 +213,8 @@ inline void convert_to_bf16(const float* src, int64_t n, uint16_t* dst) {
   if (rest > 0) Vec::load_partial(src + i, rest).store_bf16_partial(dst + i, rest);
 }
 
-// y[i] = scale * sum_c q[c * step] * rows[c * ld + i] for i < ld; `fill` up to the next whole vector.
+// y[i] = scale * sum_c q[c * step] * rows[c * ld + i] for i < ld; `fill` up to the next whole
+// vector.
 inline void weighted_rows(const float* q, int64_t step, float scale, const float* rows,
                           int64_t channels, int64_t ld, float fill, float* y) {
   constexpr int w = Vec::kWidth;
@@ -261,8 +271,8 @@ inline float dot(const float* x, const float* y, int64_t n) {
 // First element of q (which = 0), k (1) or v (2) of one head in qkv; its channels follow each
 // other at a distance of `length`.
 inline int64_t head_offset(const QkvAttentionShape& shape, int64_t image, int64_t head, int which) {
-  const int64_t block = shape.order == QkvOrder::kLegacy ? head * 3 + which
-                                                         : which * shape.heads + head;
+  const int64_t block =
+      shape.order == QkvOrder::kLegacy ? head * 3 + which : which * shape.heads + head;
   return (image * shape.heads * 3 + block) * shape.head_dim * shape.length;
 }
 

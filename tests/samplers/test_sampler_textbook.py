@@ -89,10 +89,6 @@ def textbook_unipc(problem, x, count):
 TEXTBOOK = {"dpmpp_2m": textbook_dpmpp_2m, "unipc": textbook_unipc}
 
 
-def test_every_multistep_sampler_has_a_textbook():
-    assert set(TEXTBOOK) == {name for name, s in SAMPLERS.items() if s.uses_ode_grid}
-
-
 @pytest.mark.parametrize("scale", [0.0, SCALE])
 @pytest.mark.parametrize("clip", [True, False])
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 9])

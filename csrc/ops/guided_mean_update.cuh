@@ -23,6 +23,25 @@ struct StepTable {
   const uint32_t* step = nullptr;          // device: the row, also the step of the Philox counter
 };
 
+// ---- Host: which kernel may be launched ----
+
+inline bool aligned(const void* pointer, DType dtype = DType::kFloat32) {
+  const uintptr_t mask = dtype == DType::kFloat32 ? 15 : 7;
+  return (reinterpret_cast<uintptr_t>(pointer) & mask) == 0;
+}
+
+// Whether every access can take four elements at once. Null pointers are aligned.
+inline bool vectorizable(const GuidedMeanUpdateParams& p) {
+  return p.channels * p.pixels % 4 == 0 && p.model_channels * p.pixels % 4 == 0 &&
+         (p.uncond_output == nullptr || p.uncond_channels * p.pixels % 4 == 0) && aligned(p.x) &&
+         aligned(p.model_output, p.model_dtype) && aligned(p.uncond_output, p.model_dtype) &&
+         aligned(p.gradient, p.gradient_dtype) && aligned(p.history[0]) && aligned(p.history[1]) &&
+         aligned(p.history[2]) && aligned(p.z) && aligned(p.x_next) && aligned(p.x0) &&
+         aligned(p.state);
+}
+
+// ---- Device ----
+
 template <bool kVector>
 ADM_RT_DEVICE void load_lanes(const float* tensor, int64_t at, int n, Float1 (&lanes)[4]) {
   if constexpr (kVector) {

@@ -13,21 +13,6 @@ namespace adm_rt {
 
 namespace {
 
-bool aligned(const void* pointer, DType dtype = DType::kFloat32) {
-  const uintptr_t mask = dtype == DType::kFloat32 ? 15 : 7;
-  return (reinterpret_cast<uintptr_t>(pointer) & mask) == 0;
-}
-
-// Whether every access can take four elements at once. Null pointers are aligned.
-bool vectorizable(const GuidedMeanUpdateParams& p) {
-  return p.channels * p.pixels % 4 == 0 && p.model_channels * p.pixels % 4 == 0 &&
-         (p.uncond_output == nullptr || p.uncond_channels * p.pixels % 4 == 0) && aligned(p.x) &&
-         aligned(p.model_output, p.model_dtype) && aligned(p.uncond_output, p.model_dtype) &&
-         aligned(p.gradient, p.gradient_dtype) && aligned(p.history[0]) && aligned(p.history[1]) &&
-         aligned(p.history[2]) && aligned(p.z) && aligned(p.x_next) && aligned(p.x0) &&
-         aligned(p.state);
-}
-
 template <UpdatePass kPass>
 void launch(const GuidedMeanUpdateParams& p, const StepTable& table, const float* limits,
             cudaStream_t stream) {

@@ -4,6 +4,7 @@ Environment: ADM_RT_CUDA=auto|on|off, ADM_RT_CUDA_ARCHS=80,90,..., CUDACXX, CUDA
 CXX, CXXFLAGS, CMAKE_ARGS. torch is neither needed nor looked at.
 """
 
+import fcntl
 import json
 import os
 import re
@@ -195,29 +196,39 @@ class CMakeBuild(build_ext):
         isolated = Path(sys.prefix).resolve() not in Path(pybind11.__file__).resolve().parents
         kept = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
         build = Path(self.build_temp).resolve() if isolated else kept
+        build.parent.mkdir(parents=True, exist_ok=True)
+        with open(build.parent / "lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # two builds of one tree would share the objects
+            self.build_in(build, pybind11.get_cmake_dir())
+
+    def build_in(self, build, pybind11_folder):
         cmake, ninja = find_tool("cmake"), find_tool("ninja")
         if cmake is None:
             raise SystemExit("error: cmake was not found; pip install cmake ninja")
         version = self.distribution.get_version()
+        tools = {
+            "Python_EXECUTABLE": sys.executable,
+            "pybind11_DIR": pybind11_folder,
+        }
+        if ninja:
+            tools["CMAKE_MAKE_PROGRAM"] = ninja
+        if self.cuda["enabled"]:
+            tools["CMAKE_CUDA_COMPILER"] = self.cuda["nvcc"]
+        environment = {name: os.environ.get(name, "") for name in ("CXX", "CXXFLAGS", "CMAKE_ARGS")}
+        self.drop_stale_cache(build, {"source": str(ROOT), **tools, **environment})
+
         arguments = [
             f"-DADM_RT_VERSION={version}",
             f"-DCMAKE_BUILD_TYPE={'Debug' if self.debug else 'Release'}",
-            f"-DPython_EXECUTABLE={sys.executable}",
-            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DADM_RT_CUDA={'ON' if self.cuda['enabled'] else 'OFF'}",
+            *(f"-D{name}={value}" for name, value in tools.items()),
         ]
         if ninja:
-            arguments += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
+            arguments += ["-G", "Ninja"]
         if self.cuda["enabled"]:
             # Commas, because a semicolon would split the list on its way.
-            arguments += [
-                f"-DCMAKE_CUDA_COMPILER={self.cuda['nvcc']}",
-                f"-DADM_RT_CUDA_ARCHS={','.join(self.cuda['archs'])}",
-            ]
+            arguments += [f"-DADM_RT_CUDA_ARCHS={','.join(self.cuda['archs'])}"]
         arguments += shlex.split(os.environ.get("CMAKE_ARGS", ""))
-
-        self.drop_stale_cache(build, arguments)
-        build.mkdir(parents=True, exist_ok=True)
         subprocess.run([cmake, "-S", str(ROOT), "-B", str(build), *arguments], check=True)
         names = [extension.name.rpartition(".")[2] for extension in self.extensions]
         jobs = str(self.parallel or job_count())
@@ -229,14 +240,15 @@ class CMakeBuild(build_ext):
         self.write_facts(build, version)
 
     @staticmethod
-    def drop_stale_cache(build, arguments):
-        """Forget a build folder whose compiler or tools have changed; pip's live for one build."""
-        signature = build / "adm_rt_arguments.txt"
-        text = "\n".join([*arguments, *(os.environ.get(name, "") for name in ("CXX", "CXXFLAGS"))])
-        if build.exists() and (not signature.exists() or signature.read_text() != text):
+    def drop_stale_cache(build, tools):
+        """Forget a build folder that other tools made: CMake cannot change them in place."""
+        record = build / "adm_rt_tools.json"
+        known = json.loads(record.read_text()) if record.exists() else {}
+        if any(known.get(name, value) != value for name, value in tools.items()):
             shutil.rmtree(build)
+            known = {}
         build.mkdir(parents=True, exist_ok=True)
-        signature.write_text(text)
+        record.write_text(json.dumps({**known, **tools}))
 
     def write_facts(self, build, version):
         cache = (build / "CMakeCache.txt").read_text()

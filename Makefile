@@ -53,8 +53,7 @@ install: $(VENV)/.installed
 # ---- Targets ----
 
 sample: install
-	$(BIN)/adm-rt sample --model glyphs32 --num-images 16 --steps 25 --output samples/glyphs32.png
-	@ls samples
+	$(BIN)/adm-rt sample --model glyphs32 --num-images 16 --steps 25
 
 test: install
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

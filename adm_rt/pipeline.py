@@ -288,7 +288,7 @@ class Pipeline:
             raise ValueError(f"{self.name} is an upsampler: call upscale(images) instead")
         cfg = self.unet.cfg
         count = request.count_images(num_images, classes, seeds)
-        seeds = request.resolve_seeds(seed, seeds, count)
+        given_seeds, seeds = seeds, request.resolve_seeds(seed, seeds, count)
         diffusion = request.respaced_diffusion(cfg, steps)
         guidance_scale = self._guidance_scale(guidance_scale, diffusion.num_timesteps)
         num_classes = self.num_classes if cfg.class_cond or guidance_scale else None
@@ -321,11 +321,11 @@ class Pipeline:
             "device": self._engine.device,
             "dtype": self._engine.dtype,
             "sampler": sampler,
-            "steps": steps,
+            "steps": steps if isinstance(steps, str) else int(steps),
             "guidance_scale": stage.guidance_scale,
             **{k: v for k, v in stage.options.items() if k not in ("clip", "null_label")},
             "thresholding": thresholding,
-            "seed": seed,
+            "seed": int(seed) if given_seeds is None else None,
             "batch_size": batch,
             "diffusion": cfg.diffusion_config() | {"timestep_respacing": str(steps)},
         }
@@ -379,7 +379,7 @@ class Pipeline:
         self._check_upsampler_labels(labels)
         up = self._upscale_stage(steps, sampler, batch_size, count, ("steps", "sampler"))
         request.check_callable("callback", callback)
-        metadata = {"adm_rt": adm_rt.__version__, "model": self.name, "seed": seed}
+        metadata = {"adm_rt": adm_rt.__version__, "model": self.name}
         return self._run_upscale(*up, images, labels, seeds, metadata, progress, callback)
 
     def _upscale_stage(self, steps, sampler, batch_size, count, names):
@@ -396,7 +396,7 @@ class Pipeline:
         about = {
             "model": self._sources.get("upsampler", self.name),
             "sampler": sampler,
-            "steps": steps,
+            "steps": steps if isinstance(steps, str) else int(steps),
             "batch_size": batch,
             "device": self._upsampler_engine.device,
             "dtype": self._upsampler_engine.dtype,

@@ -9,6 +9,8 @@ import math
 import os
 import shutil
 import tempfile
+import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -136,10 +138,13 @@ class SampleResult:
         with _open_npz(path) as arrays:
             if "arr_0" not in arrays:
                 raise ValueError(f"{path}: no array 'arr_0'; it holds {sorted(arrays)}")
-            images = arrays["arr_0"]
-            labels = arrays["arr_1"] if "arr_1" in arrays else None
-            seeds = arrays["seeds"] if "seeds" in arrays else np.arange(len(images))
-            metadata = json.loads(str(arrays[PNG_KEY])) if PNG_KEY in arrays else {}
+            try:
+                images = arrays["arr_0"]
+                labels = arrays["arr_1"] if "arr_1" in arrays else None
+                seeds = arrays["seeds"] if "seeds" in arrays else np.arange(len(images))
+                metadata = json.loads(str(arrays[PNG_KEY])) if PNG_KEY in arrays else {}
+            except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+                raise ValueError(f"{path}: cannot be read ({error})") from error
         return cls(images, labels, seeds, metadata)
 
 
@@ -188,17 +193,16 @@ def check_output(path):
     return path
 
 
-@contextlib.contextmanager
 def _open_npz(path):
-    import zipfile
-
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            if not isinstance(arrays, np.lib.npyio.NpzFile):
-                raise ValueError("it is a single .npy array")
-            yield arrays
-    except (OSError, zipfile.BadZipFile, EOFError) as error:
-        raise ValueError(f"{path}: cannot be read as .npz ({error})") from error
+        arrays = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        # numpy takes whatever is no array file for a pickle, which its message would recommend
+        why = getattr(error, "strerror", None) or "it is not an .npz archive, or a damaged one"
+        raise ValueError(f"{path}: cannot be read ({why})") from error
+    if not isinstance(arrays, np.lib.npyio.NpzFile):
+        raise ValueError(f"{path}: cannot be read (it is one .npy array, not an .npz archive)")
+    return arrays
 
 
 def _save_png(image, file, description):

@@ -24,12 +24,9 @@ def model_report(model):
 
 
 def _report(name, cfg, path, settings):
-    import torch
+    from adm_rt.models.checkpoint import empty_module
 
-    from adm_rt.models import build
-
-    with torch.device("meta"):
-        network = build(cfg)
+    network = empty_module(cfg)
     parameters = sum(p.numel() for p in network.parameters())
     published = SAMPLING.get(preset_name(name))
     return {

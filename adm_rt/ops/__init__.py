@@ -6,23 +6,15 @@ Importing this package imports neither torch nor the compiled extension.
 import importlib
 
 from adm_rt.ops._backend import reference_forced, use_reference
-from adm_rt.ops.guided_mean_update import StepCoefficients, guided_mean_update
+from adm_rt.ops.ada_group_norm import ada_group_norm
+from adm_rt.ops.guided_mean_update import StepCoefficients, count_nonfinite, guided_mean_update
 from adm_rt.ops.philox import philox_normal
-
-try:  # until the kernels land
-    from adm_rt.ops.ada_group_norm import ada_group_norm
-except ImportError:
-    def ada_group_norm(*args, **kwargs):
-        return importlib.import_module("adm_rt.ops.reference").ada_group_norm(*args, **kwargs)
-try:
-    from adm_rt.ops.qkv_attention import qkv_attention
-except ImportError:
-    def qkv_attention(*args, **kwargs):
-        return importlib.import_module("adm_rt.ops.reference").qkv_attention(*args, **kwargs)
+from adm_rt.ops.qkv_attention import qkv_attention
 
 __all__ = [
     "StepCoefficients",
     "ada_group_norm",
+    "count_nonfinite",
     "guided_mean_update",
     "philox_normal",
     "qkv_attention",

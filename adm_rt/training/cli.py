@@ -93,9 +93,11 @@ def run(args):
     )
     trainer = Trainer(model, task, config)
     weights = trainer.run()
-    metadata = {"class_names": classes}
     models.save_model(
-        trainer.out / "final", (cfg, weights), dtype=args.export_dtype, metadata=metadata,
+        trainer.out / "final",
+        (cfg, weights),
+        dtype=args.export_dtype,
+        class_names=classes,
         overwrite=True,
     )
     print(f"adm-rt train: wrote {trainer.out / 'final'} after {trainer.seconds:.0f} s of training")

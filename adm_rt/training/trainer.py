@@ -152,9 +152,7 @@ class Trainer:
         # The decay is ramped up so that the random start is forgotten.
         decay = min(config.ema_rate, (1 + self.step) / (10 + self.step))
         with torch.no_grad():
-            torch._foreach_lerp_(
-                list(self.ema.values()), list(self.parameters.values()), 1 - decay
-            )
+            torch._foreach_lerp_(list(self.ema.values()), list(self.parameters.values()), 1 - decay)
         means = {name: float(value.detach().mean()) for name, value in losses.items()}
         return {**means, "grad_norm": float(norm), "lr": lr}
 

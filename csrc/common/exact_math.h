@@ -104,15 +104,18 @@ ADM_RT_HOST_DEVICE Float1 exp(Float1 x) {
   return y * float_of(shift_left<23>(half + bias)) * float_of(shift_left<23>(whole - half + bias));
 }
 
-// -2 ln(g * 2^-24) for g in [0.5, 2^24]; error of the logarithm about 1 ulp.
-// g = m * 2^e, m in [sqrt(1/2), sqrt(2)); ln m = t - t^2 / 2 + t^3 p(t), t = m - 1, p of degree 7
-// (minimax, relative error 6e-9).
+// -2 ln((v + 1/2) / 2^24) for words v < 2^24; error about 2 ulp.
+// The number is m * 2^e, m in [sqrt(1/2), sqrt(2)); ln m = t - t^2 / 2 + t^3 p(t), t = m - 1, p of
+// degree 7 (minimax, relative error 6e-9). From 1/2 on the number itself has 25 bits and is
+// rounded; where that matters, next to 1 (e = 0), t comes out of the integer exactly.
 template <class F, class U>
-ADM_RT_HOST_DEVICE F minus_two_log_u24(F g) {
-  const U above_root = bits_of(g) - U::set1(0x3f3504f3u);
-  const F e = convert(shift_right_signed<23>(above_root) - U::set1(24));
+ADM_RT_HOST_DEVICE F minus_two_log_u24(U v) {
+  const U above_root = bits_of(convert(v) + F::set1(0.5f)) - U::set1(0x3f3504f3u);
+  const U exponent = shift_right_signed<23>(above_root) - U::set1(24);  // in [-25, 0]
+  const F e = convert(exponent);
   const F m = float_of((above_root & U::set1(0x007fffffu)) + U::set1(0x3f3504f3u));
-  const F t = m - F::set1(1.0f);
+  const F next_to_one = (convert(v - U::set1(1u << 24)) + F::set1(0.5f)) * F::set1(0x1p-24f);
+  const F t = select(shift_right_signed<31>(exponent), m - F::set1(1.0f), next_to_one);
   F p = F::set1(-0.07634493024795577f);
   p = fma(p, t, F::set1(0.1276157564406917f));
   p = fma(p, t, F::set1(-0.13160183062463165f));

@@ -42,8 +42,7 @@ ADM_RT_HOST_DEVICE void philox4x32(U (&counter)[4], U key0, U key1) {
 // Two independent standard normals from two words.
 template <class F, class U>
 ADM_RT_HOST_DEVICE void box_muller(U word0, U word1, F* first, F* second) {
-  const F g = convert(shift_right<8>(word0)) + F::set1(0.5f);  // rounds at 2^23 and above
-  const F radius = sqrt(minus_two_log_u24<F, U>(g));
+  const F radius = sqrt(minus_two_log_u24<F>(shift_right<8>(word0)));
   F cosine, sine;
   cos_sin_u24(shift_right<8>(word1), &cosine, &sine);
   *first = radius * cosine;

@@ -151,27 +151,29 @@ class Timing(NamedTuple):
     minimum: float
 
 
-def interleaved_timings(functions, rounds=15, sample_ms=2.0):
+def interleaved_timings(functions, rounds=15, sample_ms=2.0, clock=time.perf_counter):
     """Time several functions against each other on a machine whose speed drifts.
 
     functions: name -> callable without arguments. Each round takes one sample of each, in an order
-    that alternates; a sample repeats a short call until it lasts about sample_ms. Returns name ->
-    Timing. Call every function once before, if its first call does more than the others.
+    that alternates; a sample repeats a short call until it lasts about sample_ms. clock: seconds as
+    a float; time.thread_time leaves out what other programs take from this thread (one thread
+    only). Returns name -> Timing. Call every function once before, if its first call does more
+    than the others.
     """
     repeats = {}
     for name, function in functions.items():
-        begin = time.perf_counter()
+        begin = clock()
         function()
-        once = (time.perf_counter() - begin) * 1e3
+        once = (clock() - begin) * 1e3
         repeats[name] = max(1, min(1000, round(sample_ms / max(once, 1e-6))))
     samples = {name: [] for name in functions}
     for turn in range(rounds):
         for name in list(functions) if turn % 2 == 0 else reversed(list(functions)):
             function, count = functions[name], repeats[name]
-            begin = time.perf_counter()
+            begin = clock()
             for _ in range(count):
                 function()
-            samples[name].append((time.perf_counter() - begin) * 1e3 / count)
+            samples[name].append((clock() - begin) * 1e3 / count)
     return {
         name: Timing(sorted(times)[len(times) // 2], min(times)) for name, times in samples.items()
     }

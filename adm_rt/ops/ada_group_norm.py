@@ -1,25 +1,15 @@
 """GroupNorm with AdaGN modulation and SiLU in one call: every normalisation of an ADM network."""
 
-import functools
+import importlib
 import math
 import sys
 
 import numpy as np
 
 from ._backend import reference_forced
-from ._library import define, extension
+from ._library import extension
 
-FLOAT32, BFLOAT16 = 0, 1  # codes of csrc/common/dtype.h
-
-_SCHEMA = (
-    "ada_group_norm(Tensor x, Tensor weight, Tensor bias, Tensor? scale_shift, int groups, "
-    "float eps, bool silu) -> (Tensor y, Tensor mean, Tensor rstd)"
-)
-_BACKWARD_SCHEMA = (
-    "ada_group_norm_backward(Tensor grad, Tensor x, Tensor mean, Tensor rstd, Tensor weight, "
-    "Tensor bias, Tensor? scale_shift, int groups, bool silu, bool[4] wanted) -> "
-    "(Tensor dx, Tensor dweight, Tensor dbias, Tensor dscale_shift)"
-)
+_FLOAT32 = 0  # code of csrc/common/dtype.h
 
 
 def ada_group_norm(x, weight, bias, scale_shift=None, groups=32, eps=1e-5, silu=True):
@@ -58,10 +48,12 @@ def ada_group_norm(x, weight, bias, scale_shift=None, groups=32, eps=1e-5, silu=
         return _numpy_forward(x, weight, bias, scale_shift, groups, eps, silu)
     if "torch" not in sys.modules:
         raise TypeError(f"x is {type(x).__name__}; give a torch tensor or a NumPy array")
-    return _torch_forward(x, weight, bias, scale_shift, groups, eps, silu)
+    from ._ada_group_norm_torch import forward
+
+    return forward(x, weight, bias, scale_shift, groups, eps, silu)
 
 
-def _check(x, weight, bias, scale_shift, groups, eps):
+def check_shapes(x, weight, bias, scale_shift, groups, eps):
     """Shapes only; x, weight, bias, scale_shift are all tensors or all arrays."""
     shape = x.shape
     if len(shape) < 2:
@@ -92,7 +84,7 @@ def _numpy_forward(x, weight, bias, scale_shift, groups, eps, silu):
         if not isinstance(array, np.ndarray) or array.dtype != np.float32:
             what = array.dtype if isinstance(array, np.ndarray) else type(array).__name__
             raise TypeError(f"{name} is {what}; with a NumPy x everything is a float32 array")
-    _check(x, weight, bias, scale_shift, groups, eps)
+    check_shapes(x, weight, bias, scale_shift, groups, eps)
     if reference_forced():
         import torch
 
@@ -111,7 +103,6 @@ def _numpy_forward(x, weight, bias, scale_shift, groups, eps, silu):
         y = np.empty_like(x)
     weight, bias = np.ascontiguousarray(weight), np.ascontiguousarray(bias)
     scale_shift = None if scale_shift is None else np.ascontiguousarray(scale_shift)
-    moments = np.empty((2, n, groups), np.float32)
     extension().ada_group_norm(
         x.ctypes.data,
         weight.ctypes.data,
@@ -119,220 +110,20 @@ def _numpy_forward(x, weight, bias, scale_shift, groups, eps, silu):
         0 if scale_shift is None else scale_shift.ctypes.data,
         2 * channels,
         y.ctypes.data,
-        moments[0].ctypes.data,
-        moments[1].ctypes.data,
+        0,
+        0,
         n,
         channels,
         math.prod(x.shape[2:]),
         groups,
         eps,
         silu,
-        FLOAT32,
+        _FLOAT32,
         by_pixel,
     )
     return y
 
 
-@functools.cache
-def _torch_side():
-    """(forward op, autograd.Function, reference.ada_group_norm), made on the first call."""
-    import torch
-
-    from . import reference
-
-    operator = define(_SCHEMA, cpu=_cpu, fake=_fake)
-    backward_operator = define(_BACKWARD_SCHEMA, cpu=_cpu_backward, fake=_fake_backward)
-
-    class AdaGroupNorm(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x, weight, bias, scale_shift, groups, eps, silu):
-            y, mean, rstd = operator(x, weight, bias, scale_shift, groups, eps, silu)
-            ctx.save_for_backward(x, weight, bias, scale_shift, mean, rstd)
-            ctx.options = groups, eps, silu
-            return y
-
-        @staticmethod
-        def backward(ctx, grad):
-            x, weight, bias, scale_shift, mean, rstd = ctx.saved_tensors
-            groups, eps, silu = ctx.options
-            wanted = ctx.needs_input_grad[:4]
-            if torch.is_grad_enabled():  # create_graph=True: stay differentiable
-                inputs = (x, weight, bias, scale_shift)
-                y = reference.ada_group_norm(*inputs, groups, eps, silu)
-                asked = [tensor for tensor, want in zip(inputs, wanted, strict=True) if want]
-                found = iter(torch.autograd.grad(y, asked, grad, create_graph=True))
-                return (*(next(found) if want else None for want in wanted), None, None, None)
-            found = backward_operator(
-                grad, x, mean, rstd, weight, bias, scale_shift, groups, silu, wanted
-            )
-            return (
-                *(g if want else None for g, want in zip(found, wanted, strict=True)),
-                None,
-                None,
-                None,
-            )
-
-    return operator, AdaGroupNorm, reference.ada_group_norm
-
-
 def register():
-    """Define ``torch.ops.adm_rt.ada_group_norm`` and its backward (idempotent)."""
-    _torch_side()
-
-
-def _torch_forward(x, weight, bias, scale_shift, groups, eps, silu):
-    import torch
-
-    given = {"x": x, "weight": weight, "bias": bias, "scale_shift": scale_shift}
-    for name, tensor in given.items():
-        if not isinstance(tensor, torch.Tensor) and (tensor is not None or name != "scale_shift"):
-            raise TypeError(
-                f"{name} is {type(tensor).__name__}; give torch tensors or NumPy arrays"
-            )
-    if not x.dtype.is_floating_point:
-        raise TypeError(f"x is {x.dtype}; it must be of a floating-point dtype")
-    _check(x, weight, bias, scale_shift, groups, eps)
-    operator, function, reference = _torch_side()
-    if (
-        reference_forced()
-        or x.dtype not in (torch.float32, torch.bfloat16)
-        or x.device.type not in ("cpu", "meta")
-    ):
-        return reference(x, weight, bias, scale_shift, groups, eps, silu)
-    if weight.dtype != torch.float32 or bias.dtype != torch.float32:
-        weight, bias = weight.float(), bias.float()
-    if scale_shift is not None and scale_shift.dtype != torch.float32:
-        scale_shift = scale_shift.float()
-    if torch.is_grad_enabled() and (
-        x.requires_grad
-        or weight.requires_grad
-        or bias.requires_grad
-        or (scale_shift is not None and scale_shift.requires_grad)
-    ):
-        return function.apply(x, weight, bias, scale_shift, groups, eps, silu)
-    return operator(x, weight, bias, scale_shift, groups, eps, silu)[0]
-
-
-def _dense(x):
-    """(x, whether it is channels_last): x itself when it is dense in either order, else a copy."""
-    if x.is_contiguous():
-        return x, False
-    import torch
-
-    if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
-        return x, True
-    return x.contiguous(), False
-
-
-def _like(tensor, x, by_pixel):
-    """tensor with the memory order of x."""
-    import torch
-
-    order = torch.channels_last if by_pixel else torch.contiguous_format
-    return tensor.contiguous(memory_format=order)
-
-
-def _rows(scale_shift):
-    """(tensor, address, floats between its rows) with dense rows; (None, 0, 0) for None."""
-    if scale_shift is None:
-        return None, 0, 0
-    if scale_shift.stride(1) != 1 or scale_shift.stride(0) < scale_shift.shape[1]:
-        scale_shift = scale_shift.contiguous()
-    return scale_shift, scale_shift.data_ptr(), max(scale_shift.stride(0), scale_shift.shape[1])
-
-
-def _code(x):
-    import torch
-
-    return FLOAT32 if x.dtype == torch.float32 else BFLOAT16
-
-
-def _cpu(x, weight, bias, scale_shift, groups, eps, silu):
-    import torch
-
-    x, by_pixel = _dense(x)
-    n, channels = x.shape[0], x.shape[1]
-    y = torch.empty_like(x)
-    mean = torch.empty((n, groups), dtype=torch.float32)
-    rstd = torch.empty_like(mean)
-    weight, bias = weight.contiguous(), bias.contiguous()
-    scale_shift, address, stride = _rows(scale_shift)
-    extension().ada_group_norm(
-        x.data_ptr(),
-        weight.data_ptr(),
-        bias.data_ptr(),
-        address,
-        stride,
-        y.data_ptr(),
-        mean.data_ptr(),
-        rstd.data_ptr(),
-        n,
-        channels,
-        math.prod(x.shape[2:]),
-        groups,
-        eps,
-        silu,
-        _code(x),
-        by_pixel,
-    )
-    return y, mean, rstd
-
-
-def _fake(x, weight, bias, scale_shift, groups, eps, silu):
-    import torch
-
-    moments = x.new_empty((x.shape[0], groups), dtype=torch.float32)
-    return torch.empty_like(_dense(x)[0]), moments, torch.empty_like(moments)
-
-
-def _cpu_backward(grad, x, mean, rstd, weight, bias, scale_shift, groups, silu, wanted):
-    x, by_pixel = _dense(x)
-    grad = _like(grad, x, by_pixel)
-    n, channels = x.shape[0], x.shape[1]
-    results = _gradients(x, weight, scale_shift, wanted)
-    dx, dweight, dbias, dscale_shift = (
-        tensor.data_ptr() if want else 0 for tensor, want in zip(results, wanted, strict=True)
-    )
-    mean, rstd = mean.contiguous(), rstd.contiguous()
-    weight, bias = weight.contiguous(), bias.contiguous()
-    scale_shift, address, stride = _rows(scale_shift)
-    extension().ada_group_norm_backward(
-        grad.data_ptr(),
-        x.data_ptr(),
-        mean.data_ptr(),
-        rstd.data_ptr(),
-        weight.data_ptr(),
-        bias.data_ptr(),
-        address,
-        stride,
-        dx,
-        dweight,
-        dbias,
-        dscale_shift,
-        n,
-        channels,
-        math.prod(x.shape[2:]),
-        groups,
-        silu,
-        _code(x),
-        by_pixel,
-    )
-    return results
-
-
-def _gradients(x, weight, scale_shift, wanted):
-    """Empty results of the backward op; those that nobody wants have no elements."""
-    import torch
-
-    width = 2 * x.shape[1]
-    wanted = [*wanted[:3], wanted[3] and scale_shift is not None]
-    return (
-        torch.empty_like(x) if wanted[0] else x.new_empty(0),
-        torch.empty_like(weight) if wanted[1] else weight.new_empty(0),
-        torch.empty_like(weight) if wanted[2] else weight.new_empty(0),
-        weight.new_empty((x.shape[0], width)) if wanted[3] else weight.new_empty(0),
-    )
-
-
-def _fake_backward(grad, x, mean, rstd, weight, bias, scale_shift, groups, silu, wanted):
-    return _gradients(_dense(x)[0], weight, scale_shift, wanted)
+    """Define ``torch.ops.adm_rt.ada_group_norm`` and what belongs to it (idempotent)."""
+    importlib.import_module("adm_rt.ops._ada_group_norm_torch")

@@ -32,8 +32,8 @@ struct AdaGroupNormParams {
   const float* scale_shift = nullptr;  // [batch, 2 * channels], scale first; null: no modulation
   int64_t scale_shift_stride = 0;      // floats between the rows of scale_shift
   void* y = nullptr;                   // like x; may not overlap it
-  float* mean = nullptr;               // [batch, groups]
-  float* rstd = nullptr;               // [batch, groups]
+  float* mean = nullptr;               // [batch, groups]; null: not wanted
+  float* rstd = nullptr;               // [batch, groups]; null: not wanted
   int64_t batch = 0;
   int64_t channels = 0;
   int64_t spatial = 0;

@@ -105,8 +105,8 @@ void finish_group(const AdaGroupNormParams& p, const AdaGroupNormRows& rows, Tri
   const double rstd = 1.0 / std::sqrt(std::max(square, 0.0) / count + static_cast<double>(p.eps));
   const float center = static_cast<float>(mean);
   const double rest = mean - static_cast<double>(center);
-  p.mean[task] = center;
-  p.rstd[task] = static_cast<float>(rstd);
+  if (p.mean != nullptr) p.mean[task] = center;
+  if (p.rstd != nullptr) p.rstd[task] = static_cast<float>(rstd);
   for (int64_t c = 0; c < group_channels; ++c) {
     double weight, bias;
     fold_modulation(p, image, channel0 + c, &weight, &bias);
@@ -222,8 +222,7 @@ void ada_group_norm_cpu(const AdaGroupNormParams& p) {
   check_shape(p);
   ADM_RT_CHECK(p.eps >= 0, "eps is ", p.eps, "; it must not be negative");
   if (p.batch == 0) return;
-  ADM_RT_CHECK(p.y != nullptr && p.mean != nullptr && p.rstd != nullptr,
-               "y, mean and rstd must be given");
+  ADM_RT_CHECK(p.y != nullptr, "y is null");
   if (!runs_as_planes(p)) return forward_rows(p);
   const int64_t values = p.channels / p.groups * p.spatial;
   parallel_for(p.batch * p.groups, grain_of(values), [&](int64_t begin, int64_t end) {

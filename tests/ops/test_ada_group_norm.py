@@ -15,6 +15,7 @@ from adm_rt.ops import reference
 from adm_rt.ops._library import extension
 
 module = importlib.import_module("adm_rt.ops.ada_group_norm")
+torch_side = importlib.import_module("adm_rt.ops._ada_group_norm_torch")
 
 ISAS = extension().available_cpu_isas()
 # Every number of channels that an ADM network normalises: groups of 1 to 64 channels.
@@ -203,7 +204,8 @@ def test_no_images():
 
 def test_use_reference_does_not_call_the_kernels(monkeypatch):
     x, weight, bias, scale_shift = inputs((1, 64, 4, 4))
-    monkeypatch.setattr(module, "extension", lambda: pytest.fail("the kernels were called"))
+    for place in (module, torch_side):
+        monkeypatch.setattr(place, "extension", lambda: pytest.fail("the kernels were called"))
     with ops.use_reference():
         expected = reference.ada_group_norm(x, weight, bias, scale_shift)
         assert torch.equal(ops.ada_group_norm(x, weight, bias, scale_shift), expected)
@@ -242,6 +244,7 @@ def test_torch_library():
     x, weight, bias, scale_shift = inputs((2, 64, 3, 5))
     module.register()
     op = torch.ops.adm_rt.ada_group_norm.default
+    with_moments = torch.ops.adm_rt.ada_group_norm_with_moments.default
     for args in (
         (x, weight, bias, scale_shift, 32, 1e-5, True),
         (x.to(memory_format=torch.channels_last), weight, bias, None, 32, 1e-5, False),
@@ -249,6 +252,8 @@ def test_torch_library():
         (x.bfloat16(), weight, bias, scale_shift, 32, 1e-5, True),
     ):
         torch.library.opcheck(op, args)
+        torch.library.opcheck(with_moments, args)
+        assert torch.equal(op(*args), with_moments(*args)[0])
     y = ops.ada_group_norm(*(t.to("meta") for t in (x, weight, bias, scale_shift)))
     assert y.shape == x.shape and y.is_meta
 

@@ -20,7 +20,6 @@ COMMANDS = {
     "info": ("adm_rt.commands.info", "what this build is and uses, and why; or about one model"),
     "convert": ("adm_rt.commands.convert", "released .pt <-> folder of safetensors"),
     "train": ("adm_rt.training.cli", "train a diffusion model or a noisy classifier"),
-    "evaluate": ("adm_rt.evaluation.cli", "judge samples against a reference"),
     "bench": ("adm_rt.benchmarking", "time the ops against plain torch"),
 }
 

@@ -26,7 +26,7 @@ def zoo_models(kind=None):
 def locate(model, argument="model", kind=None):
     """Path of the weights named ``model``: an existing path, or a zoo name.
 
-    kind: what zoo models to list in the error. Raises ValueError naming the nearest models.
+    kind: what models the error lists; None for those that make images. Raises ValueError naming the nearest models.
     """
     if not isinstance(model, (str, os.PathLike)):
         raise TypeError(f"{argument}={model!r} must be a zoo name or a path")
@@ -75,8 +75,9 @@ def display_name(path):
 
 
 def _choices(kind):
-    shipped = ", ".join(zoo_models(kind)) or "none in this build"
-    presets = ", ".join(list_presets(kind))
+    kinds = ("diffusion", "upsampler") if kind is None else (kind,)
+    shipped = ", ".join(n for k in kinds for n in zoo_models(k)) or "none in this build"
+    presets = ", ".join(n for k in kinds for n in list_presets(k))
     return f"a shipped model ({shipped}), or the path of a folder or released .pt ({presets})"
 
 

@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_network
+from tiny_models import tiny_network
 
 import adm_rt
 from adm_rt import Pipeline

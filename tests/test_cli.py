@@ -7,8 +7,8 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import tiny_network
 from PIL import Image
+from tiny_models import tiny_network
 
 import adm_rt
 from adm_rt import SampleResult

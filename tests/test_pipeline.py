@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_CLASSES, tiny_network
+from tiny_models import TINY_CLASSES, tiny_network
 
 import adm_rt
 from adm_rt import Pipeline, engines, ops
@@ -296,3 +296,27 @@ def test_automatic_batch_size():
     assert automatic_batch_size(500, 1 << 20, 8 << 30) == 32
     assert automatic_batch_size(16, 1 << 30, 8 << 30) == 2
     assert automatic_batch_size(16, 1 << 40, 1 << 30) == 1
+
+
+def test_zoo_names_bring_their_classifier_scale_and_class_names(tmp_path, monkeypatch, capsys):
+    from adm_rt import cli, locate
+    from adm_rt.models import save_model
+
+    names = list(TINY_CLASSES)
+    metadata = {"classifier": "toy_classifier", "guidance_scale": 3.5}
+    save_model(tmp_path / "toy", tiny_network(), class_names=names, metadata=metadata)
+    save_model(tmp_path / "toy_classifier", tiny_network("classifier", seed=1))
+    monkeypatch.setattr(locate, "ZOO", tmp_path)
+    assert locate.zoo_models() == ["toy", "toy_classifier"]
+    assert locate.zoo_models("diffusion") == ["toy"]
+    result = adm_rt.sample("toy", classes=["D", "A"], steps=2, **QUIET)
+    assert result.labels.tolist() == [3, 0]
+    assert result.metadata["guidance_scale"] == 3.5
+    assert (result.metadata["model"], result.metadata["classifier"]) == ("toy", "toy_classifier")
+    with pytest.raises(ValueError, match=r"shipped model \(toy\).*Did you mean 'toy"):
+        adm_rt.load("toyy")
+    assert cli.main(["info", "toy", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["default_settings"]["class_names"] == names
+    # a path is a path: a folder of the same name elsewhere is asked for with ./
+    monkeypatch.chdir(tmp_path)
+    assert adm_rt.load("./toy_classifier/../toy").num_classes == 5

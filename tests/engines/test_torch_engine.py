@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_network
+from tiny_models import tiny_network
 
 from adm_rt import engines, ops
 from adm_rt.engines.torch_engine import TorchEngine

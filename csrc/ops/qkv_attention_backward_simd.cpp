@@ -92,13 +92,7 @@ void store_row(const QkvAttentionBackwardParams& p, int64_t at, const float* src
   constexpr int w = Vec::kWidth;
   const Vec factor = Vec::set1(scale);
   for (int64_t i = 0; i < n; i += w) {
-    const int rest = static_cast<int>(n - i < w ? n - i : w);
-    const Vec y = Vec::load_partial(src + i, rest) * factor;
-    if (p.shape.dtype == DType::kFloat32) {
-      y.store_partial(static_cast<float*>(p.dqkv) + at + i, rest);
-    } else {
-      y.store_bf16_partial(static_cast<uint16_t*>(p.dqkv) + at + i, rest);
-    }
+    store_up_to(load_up_to(src + i, n - i) * factor, p.dqkv, p.shape.dtype, at + i, n - i);
   }
 }
 
@@ -129,11 +123,11 @@ void pack_queries(const QkvAttentionShape& shape, const Head& h, const float* st
       copy_scaled(g + first, count, s.grad + at, 1.0f);
     }
     for (int64_t j = 0; j < queries; j += Vec::kWidth) {
-      const int n = static_cast<int>(queries - j);
       // In the order of the product that makes dp: where the softmax is saturated, dp - delta is
       // then exactly zero.
       const Vec sum = Vec::load(s.delta + j);
-      mul_add(Vec::load_partial(g + j, n), Vec::load_partial(y + j, n), sum).store(s.delta + j);
+      mul_add(load_up_to(g + j, queries - j), load_up_to(y + j, queries - j), sum)
+          .store(s.delta + j);
     }
   }
   for (int64_t first = 0; first < d; first += kPanel) {

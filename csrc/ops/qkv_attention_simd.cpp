@@ -111,12 +111,7 @@ void store_queries(const QkvAttentionShape& shape, void* out, int64_t offset, in
   for (int64_t c = 0; c < shape.head_dim; ++c, offset += shape.num_queries) {
     for (int64_t j = 0; j < count; j += w) {
       const Vec y = Vec::load(s.sums + c * kPanel + j) * Vec::load(s.rescale + j);
-      const int n = static_cast<int>(count - j < w ? count - j : w);
-      if (shape.dtype == DType::kFloat32) {
-        y.store_partial(static_cast<float*>(out) + offset + j, n);
-      } else {
-        y.store_bf16_partial(static_cast<uint16_t*>(out) + offset + j, n);
-      }
+      store_up_to(y, out, shape.dtype, offset + j, count - j);
     }
   }
 }

@@ -191,12 +191,28 @@ inline void transpose(const float* src, int64_t ld_src, int64_t rows, int64_t co
   }
 }
 
+// Whole vectors take the plain instruction: masked ones are slow on some CPUs.
+inline Vec load_up_to(const float* p, int64_t n) {
+  return n >= Vec::kWidth ? Vec::loadu(p) : Vec::load_partial(p, static_cast<int>(n));
+}
+
+// The first n floats of y to element `at` of data, rounded to its type.
+inline void store_up_to(Vec y, void* data, DType dtype, int64_t at, int64_t n) {
+  if (dtype == DType::kFloat32) {
+    float* p = static_cast<float*>(data) + at;
+    n >= Vec::kWidth ? y.storeu(p) : y.store_partial(p, static_cast<int>(n));
+  } else {
+    uint16_t* p = static_cast<uint16_t*>(data) + at;
+    n >= Vec::kWidth ? y.store_bf16(p) : y.store_bf16_partial(p, static_cast<int>(n));
+  }
+}
+
 // dst[i] = src[i] * scale for i < n, zero up to the next multiple of the vector width.
 inline void copy_scaled(const float* src, int64_t n, float* dst, float scale) {
   const Vec factor = Vec::set1(scale);
-  int64_t i = 0;
-  for (; i + Vec::kWidth <= n; i += Vec::kWidth) (Vec::loadu(src + i) * factor).storeu(dst + i);
-  if (i < n) (Vec::load_partial(src + i, static_cast<int>(n - i)) * factor).storeu(dst + i);
+  for (int64_t i = 0; i < n; i += Vec::kWidth) {
+    (load_up_to(src + i, n - i) * factor).storeu(dst + i);
+  }
 }
 
 inline void convert_from_bf16(const uint16_t* src, int64_t n, float* dst) {
@@ -204,13 +220,6 @@ inline void convert_from_bf16(const uint16_t* src, int64_t n, float* dst) {
   for (; i + Vec::kWidth <= n; i += Vec::kWidth) Vec::load_bf16(src + i).storeu(dst + i);
   const int rest = static_cast<int>(n - i);
   if (rest > 0) Vec::load_bf16_partial(src + i, rest).store_partial(dst + i, rest);
-}
-
-inline void convert_to_bf16(const float* src, int64_t n, uint16_t* dst) {
-  int64_t i = 0;
-  for (; i + Vec::kWidth <= n; i += Vec::kWidth) Vec::loadu(src + i).store_bf16(dst + i);
-  const int rest = static_cast<int>(n - i);
-  if (rest > 0) Vec::load_partial(src + i, rest).store_bf16_partial(dst + i, rest);
 }
 
 // y[i] = scale * sum_c q[c * step] * rows[c * ld + i] for i < ld; `fill` up to the next whole

@@ -26,7 +26,8 @@ def zoo_models(kind=None):
 def locate(model, argument="model", kind=None):
     """Path of the weights named ``model``: an existing path, or a zoo name.
 
-    kind: what models the error lists; None for those that make images. Raises ValueError naming the nearest models.
+    kind: what models the error lists; None for those that make images. Raises ValueError naming
+    the nearest models.
     """
     if not isinstance(model, (str, os.PathLike)):
         raise TypeError(f"{argument}={model!r} must be a zoo name or a path")

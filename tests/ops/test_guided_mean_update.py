@@ -256,7 +256,7 @@ def test_classifier_free_guidance_keeps_the_conditional_variances(isa):
 
 
 @pytest.mark.parametrize("quantile", [0.001, 0.25, 0.5, 0.9, 0.995, 1.0])
-@pytest.mark.parametrize("size", [1, 2, 3, 100, 3 * 17 * 19])
+@pytest.mark.parametrize("size", [1, 2, 3, 100, 3 * 17 * 19, 12288])
 def test_dynamic_threshold_is_torch_quantile(isa, quantile, size):
     """Per image; spread so that the quantile lies below, at and above 1."""
     generator = torch.Generator().manual_seed(size)

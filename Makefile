@@ -55,8 +55,12 @@ install: $(VENV)/.installed
 sample: install
 	$(BIN)/adm-rt sample --model glyphs32 --num-images 16 --steps 25
 
+# A process per core, at most 4, each with one thread; a file's tests stay together because they
+# share fixtures.
+WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 1); echo $$((n < 4 ? n : 4)))
+
 test: install
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 $(VENV)/.lint: $(VENV)/.created constraints.txt
 	$(PIP) ruff clang-format

@@ -1,7 +1,8 @@
 """What the three ops are compared with: the torch calls that the published model code makes.
 
 Each function is the sequence of eager torch operations of openai/guided-diffusion for the same
-piece of work, in the same order, with the same intermediate tensors.
+piece of work, in the same order, with the same intermediate tensors. ``diffusion`` is anything with
+the tables of ``adm_rt.diffusion.Diffusion``.
 """
 
 import torch

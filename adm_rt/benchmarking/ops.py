@@ -6,7 +6,9 @@ import contextlib
 import functools
 import platform
 import time
+import types
 
+import numpy as np
 import torch
 
 from adm_rt import __version__, ops, testing
@@ -81,7 +83,7 @@ def _row(name, case, functions, args):
 
 def _line(row):
     return (
-        f"{row['name']:24s} {row['sizes']:34s} ours {row['ours_ms']:9.3f} ms  "
+        f"{row['name']:24s} {row['sizes']:38s} ours {row['ours_ms']:9.3f} ms  "
         f"baseline {row['baseline_ms']:9.3f} ms  {row['ratio']:5.2f}x  error {row['max_error']:.1e}"
     )
 
@@ -91,7 +93,9 @@ def _sizes(case):
         extra = ["scale_shift"] * case.scale_shift + ["silu"] * case.silu
         return " ".join([f"{case.batch}x{case.channels}x{case.height}x{case.width}", *extra])
     if isinstance(case, testing.AttentionCase):
-        text = f"N={case.batch} T={case.length} heads={case.num_heads} d={case.head_dim}"
+        text = (
+            f"N={case.batch} T={case.length} heads={case.num_heads} d={case.head_dim} {case.order}"
+        )
         return text + (f" queries={case.num_queries}" if case.num_queries else "")
     guided = " guided" if case.guided else ""
     return f"{case.batch}x3x{case.size}x{case.size} {case.sampler}{guided}"
@@ -178,6 +182,9 @@ def _guided_mean_update(case):
     diffusion = Diffusion(noise_schedule="cosine", timestep_respacing="250")
     step, scale = diffusion.num_timesteps // 2, 1.0
     t = torch.full((case.batch,), step, dtype=torch.int64)
+    # Tables that torch may look at without a copy or a warning: ours are read-only.
+    arrays = {k: v.copy() for k, v in vars(diffusion).items() if isinstance(v, np.ndarray)}
+    tables = types.SimpleNamespace(**arrays)
     seeds = torch.arange(case.batch, dtype=torch.int64)
     row_of, plain = {
         "ddpm": (ddpm_coefficients, baselines.ddpm_update),
@@ -194,7 +201,7 @@ def _guided_mean_update(case):
 
     def baseline(noise=None):
         scaled = gradient * scale if case.guided else None
-        return plain(diffusion, x, output, t, scaled, noise)
+        return plain(tables, x, output, t, scaled, noise)
 
     ours, baseline = torch.no_grad()(ours), torch.no_grad()(baseline)
     return (

@@ -1,5 +1,6 @@
 """GroupNorm with AdaGN modulation and SiLU in one call: every normalisation of an ADM network."""
 
+import functools
 import importlib
 import math
 import sys
@@ -48,9 +49,7 @@ def ada_group_norm(x, weight, bias, scale_shift=None, groups=32, eps=1e-5, silu=
         return _numpy_forward(x, weight, bias, scale_shift, groups, eps, silu)
     if "torch" not in sys.modules:
         raise TypeError(f"x is {type(x).__name__}; give a torch tensor or a NumPy array")
-    from ._ada_group_norm_torch import forward
-
-    return forward(x, weight, bias, scale_shift, groups, eps, silu)
+    return _torch_side().forward(x, weight, bias, scale_shift, groups, eps, silu)
 
 
 def check_shapes(x, weight, bias, scale_shift, groups, eps):
@@ -124,6 +123,11 @@ def _numpy_forward(x, weight, bias, scale_shift, groups, eps, silu):
     return y
 
 
+@functools.cache
+def _torch_side():
+    return importlib.import_module("adm_rt.ops._ada_group_norm_torch")
+
+
 def register():
     """Define ``torch.ops.adm_rt.ada_group_norm`` and what belongs to it (idempotent)."""
-    importlib.import_module("adm_rt.ops._ada_group_norm_torch")
+    _torch_side()

@@ -71,7 +71,8 @@ CPP := $(shell find csrc python tests -type f \( -name '*.h' -o -name '*.cpp' -o
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run -Werror $(CPP)
+	@echo "clang-format: $(words $(CPP)) files"
+	@$(BIN)/clang-format --dry-run -Werror $(CPP)
 
 format: $(VENV)/.lint
 	$(BIN)/ruff check --fix .

@@ -52,7 +52,7 @@ def sample(
     cannot be read from a ``.pt``. The rest is described in ``Pipeline``.
     """
     if output is not None:
-        check_output(output)
+        check_output(output, request.count_images(num_images, classes, options.get("seeds")))
     check_early(steps, sampler, guidance_scale, batch_size, seed, callback, num_images, options)
     pipeline = Pipeline.from_pretrained(
         model,

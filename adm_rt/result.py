@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 PNG_KEY = "adm_rt"  # the PNG text chunk and the .npz array that hold the metadata
-_MAX_GRID = 1024  # images in one PNG; more belong in a folder or an .npz
+MAX_GRID = 1024  # images in one PNG; more belong in a folder or an .npz
 
 
 @dataclasses.dataclass
@@ -60,8 +60,8 @@ class SampleResult:
         from PIL import Image
 
         count, height, width, _ = self.images.shape
-        if not 1 <= count <= _MAX_GRID:
-            raise ValueError(f"a grid holds 1 to {_MAX_GRID} images, not {count}")
+        if not 1 <= count <= MAX_GRID:
+            raise ValueError(f"a grid holds 1 to {MAX_GRID} images, not {count}")
         if columns is None:
             columns = math.ceil(math.sqrt(count))
         rows = math.ceil(count / columns)
@@ -86,7 +86,7 @@ class SampleResult:
         The files appear whole or not at all. Raises ValueError for an unknown suffix or a path
         that cannot be written, OSError when the disk fails.
         """
-        path = check_output(path)
+        path = check_output(path, len(self))
         path.parent.mkdir(parents=True, exist_ok=True)
         kind = output_kind(path)
         if kind == "npz":
@@ -161,8 +161,8 @@ def output_kind(path):
     return "folder"
 
 
-def check_output(path):
-    """The path, resolved, if ``save`` could write there now; nothing is created.
+def check_output(path, count=1):
+    """The path, resolved, if ``save`` could write ``count`` images there now; nothing is created.
 
     Meant to be called before hours of sampling. Raises ValueError naming what stands in the way.
     """
@@ -170,6 +170,11 @@ def check_output(path):
         raise ValueError("output '': the path is empty; use name.npz, name.png or a folder")
     given, path = str(path), Path(path).expanduser().absolute()
     kind = output_kind(path)
+    if kind == "png" and count > MAX_GRID:
+        raise ValueError(
+            f"output {given!r}: a grid holds at most {MAX_GRID} images, not {count}; use .npz or a "
+            "folder"
+        )
     if kind == "folder":
         if path.is_file():
             raise ValueError(f"output {given!r} is a file; name a folder, .npz or .png")

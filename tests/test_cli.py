@@ -110,6 +110,22 @@ def test_steps_may_be_respacing_strings(text, steps):
 def test_classes_by_name_before_index():
     assert parse_classes("B, 1,-1,no", ["1", "B"]) == ["B", "1", -1, "no"]
     assert parse_classes("3,4", None) == [3, 4]
+    assert parse_classes("3", None) == 3 and parse_classes("B", ["A", "B"]) == "B"
+
+
+@pytest.mark.parametrize(
+    ("flags", "labels"),
+    [
+        ("--classes B,D", [1, 3]),
+        ("--classes E", [4] * 16),
+        ("--classes A,B -n 3", [0, 1, 0]),
+        ("--seeds 1,2,3 --classes 2", [2, 2, 2]),
+    ],
+)
+def test_how_many_images(tiny_folder, workplace, flags, labels):
+    command = f"sample --model {tiny_folder} --steps 1 --guidance-scale 0 -o x.npz --quiet {flags}"
+    assert main(command.split()) == 0
+    assert SampleResult.load("x.npz").labels.tolist() == labels
 
 
 def test_lists_of_numbers():

@@ -195,3 +195,9 @@ def test_wrong_arrays_are_named():
         SampleResult(np.zeros((1, 4, 4, 3), np.float32), None, [0])
     with pytest.raises(ValueError, match=r"labels has shape \[3\] for 2 images"):
         SampleResult(np.zeros((2, 4, 4, 3), np.uint8), [1, 2, 3], [0, 1])
+
+
+def test_too_many_images_for_a_grid_are_refused_before_they_are_made(tmp_path):
+    assert check_output(tmp_path / "x.npz", 5000)
+    with pytest.raises(ValueError, match="holds at most 1024 images, not 1025; use .npz or a"):
+        check_output(tmp_path / "x.png", 1025)

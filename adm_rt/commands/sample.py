@@ -8,6 +8,9 @@ from pathlib import Path
 
 from adm_rt.commands import flags
 
+_COUNT_HELP = "how many (default: one per seed or class of a given list, else 16)"
+MAX_DEFAULT_GRID = 100  # more images than this are written as .npz only
+
 
 def add_arguments(parser):
     parser.description = (
@@ -23,7 +26,7 @@ def add_arguments(parser):
         help="the same for the guiding classifier; 'none' does without the model's default",
     )
     add(parser, "--upsampler", "--upsampler-path", help="the same for an upsampler that follows")
-    add(parser, "--num-images", "--num-samples", "-n", type=int, help="default 16")
+    add(parser, "--num-images", "--num-samples", "-n", type=int, help=_COUNT_HELP)
     add(
         parser,
         "--classes",
@@ -61,12 +64,16 @@ def add_arguments(parser):
 
 
 def run(args):
+    from adm_rt.request import count_images
     from adm_rt.result import check_output
 
     request = sample_arguments(args)
+    count = count_images(request["num_images"], _split(request["classes"]), request["seeds"])
     outputs = [Path(args.output)] if args.output else default_outputs(args, request)
+    if not args.output and count > MAX_DEFAULT_GRID:
+        outputs = [path for path in outputs if path.suffix == ".npz"]
     for output in outputs:
-        check_output(output)
+        check_output(output, count)
     pipeline_arguments = {
         "engine": args.engine,
         "device": args.device,
@@ -89,8 +96,6 @@ def run(args):
     start = time.perf_counter()
     result = pipeline(**request, progress=not args.quiet)
     seconds = time.perf_counter() - start
-    if not args.output and len(result) > 100:
-        outputs = [path for path in outputs if path.suffix == ".npz"]
     for output in outputs:
         result.save(output)
     where = " and ".join(str(path) for path in outputs)
@@ -159,7 +164,12 @@ def parse_classes(text, class_names):
             values.append(part)
         else:
             values.append(int(part) if part.lstrip("-").isdigit() else part)
-    return values
+    return values if len(values) > 1 else values[0]
+
+
+def _split(classes):
+    parts = [] if classes is None else classes.split(",")
+    return parts if len(parts) > 1 else None
 
 
 def _numbers(flag, text, kind):

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 from adm_rt.commands import flags
+from adm_rt.commands.sample import MAX_DEFAULT_GRID, parse_classes
 
 
 def add_arguments(parser):
@@ -28,18 +29,18 @@ def add_arguments(parser):
 
 
 def run(args):
-    from adm_rt.commands.sample import parse_classes
     from adm_rt.pipeline import Pipeline, check_early
     from adm_rt.result import SampleResult, check_output
 
-    stem = Path("samples") / f"{Path(args.input).stem}_upscaled"
-    outputs = [Path(args.output)] if args.output else [Path(f"{stem}.png"), Path(f"{stem}.npz")]
+    base = SampleResult.load(args.input)
+    rows = slice(args.num_images)
+    count = len(base.images[rows])
+    outputs = [Path(args.output)] if args.output else default_outputs(args.input, count)
     for output in outputs:
-        check_output(output)
+        check_output(output, count)
     check_early(
         args.steps, args.sampler, None, args.batch_size, args.seed or 0, None, args.num_images, {}
     )
-    base = SampleResult.load(args.input)
     flags.set_threads(args.threads)
     pipeline = Pipeline.from_pretrained(
         args.model,
@@ -55,7 +56,6 @@ def run(args):
     labels = base.labels
     if args.classes is not None:
         labels = parse_classes(args.classes, pipeline.class_names)
-    rows = slice(args.num_images)
     start = time.perf_counter()
     result = pipeline.upscale(
         base.images[rows],
@@ -72,3 +72,10 @@ def run(args):
         result.save(output)
     where = " and ".join(str(path) for path in outputs)
     print(f"adm-rt: {len(result)} images in {seconds:.1f} s -> {where}")
+
+
+def default_outputs(source, count):
+    """samples/<source>_upscaled.png (unless there are too many images) and .npz."""
+    stem = f"{Path(source).stem}_upscaled"
+    suffixes = (".png", ".npz") if count <= MAX_DEFAULT_GRID else (".npz",)
+    return [Path("samples") / (stem + suffix) for suffix in suffixes]

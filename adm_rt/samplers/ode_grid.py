@@ -5,6 +5,11 @@ fractional, from the last kept timestep to the first. Between the entries of the
 alpha is linear, as in the discrete-time mapping of DPM-Solver (arXiv 2206.00927, appendix D.1). The
 run ends at the noise level of the last grid point, not at x_0; at t = 0 that is a standard
 deviation of 0.01 with the linear schedule.
+
+A grid starts no earlier than lambda = log(alpha / sigma) = -5.1, just below the linear schedule's
+end (-5.06). The cosine schedule goes on to alpha = 5e-5, where x0 = (x - sigma eps) / alpha and the
+guidance in it are multiples of rounding errors; DPM-Solver cuts it at about the same place
+(arXiv 2206.00927, appendix D.3).
 """
 
 from __future__ import annotations
@@ -15,6 +20,8 @@ import numpy as np
 
 from adm_rt.diffusion import Diffusion, guidance
 from adm_rt.ops import StepCoefficients
+
+MIN_HALF_LOG_SNR = -5.1
 
 
 class OdeGrid(NamedTuple):
@@ -43,6 +50,14 @@ def log_alpha(diffusion: Diffusion, t) -> np.ndarray:
     return np.interp(t, points, values)
 
 
+def _first_usable(diffusion: Diffusion, last: float) -> float:
+    """The latest timestep up to ``last`` whose lambda is at least MIN_HALF_LOG_SNR."""
+    # lambda = -5.1 in terms of alpha: alpha^2 / (1 - alpha^2) = exp(-10.2).
+    lowest = -0.5 * np.log1p(np.exp(-2 * MIN_HALF_LOG_SNR))
+    points = np.arange(-1, diffusion.steps)
+    return min(last, float(np.interp(-lowest, -log_alpha(diffusion, points), points)))
+
+
 def ode_grid(diffusion: Diffusion) -> OdeGrid:
     """The grid with ``diffusion.num_timesteps`` evaluations."""
     first, last = diffusion.timestep_map[0], diffusion.timestep_map[-1]
@@ -50,6 +65,7 @@ def ode_grid(diffusion: Diffusion) -> OdeGrid:
         last = diffusion.steps - 1  # a single kept step is t = 0; one evaluation starts from noise
     if first == last:
         raise ValueError("steps=1: an ODE solver needs an original process of at least 2 steps.")
+    last = _first_usable(diffusion, last)
     timesteps = np.linspace(last, first, diffusion.num_timesteps + 1)
     half_log = log_alpha(diffusion, timesteps)
     alpha, sigma = np.exp(half_log), np.sqrt(-np.expm1(2 * half_log))

@@ -78,8 +78,7 @@ void bind_ada_group_norm(py::module_& module) {
   module.def("ada_group_norm", &forward, arg("x"), arg("weight"), arg("bias"), arg("scale_shift"),
              arg("scale_shift_stride"), arg("y"), arg("mean"), arg("rstd"), arg("batch"),
              arg("channels"), arg("spatial"), arg("groups"), arg("eps"), arg("silu"), arg("dtype"),
-             arg("channels_last"),
-             "See csrc/ops/ada_group_norm.h. dtype: 0 float32, 1 bfloat16.");
+             arg("channels_last"), "See csrc/ops/ada_group_norm.h. dtype: 0 float32, 1 bfloat16.");
   module.def("ada_group_norm_backward", &backward, arg("grad"), arg("x"), arg("mean"), arg("rstd"),
              arg("weight"), arg("bias"), arg("scale_shift"), arg("scale_shift_stride"), arg("dx"),
              arg("dweight"), arg("dbias"), arg("dscale_shift"), arg("batch"), arg("channels"),

@@ -324,3 +324,15 @@ def test_a_missing_extension_names_the_build_command(monkeypatch):
     finally:
         monkeypatch.undo()
         _library.extension.cache_clear()
+
+
+def test_register_torch_ops_defines_all_three():
+    code = (
+        "from adm_rt.ops._library import register_torch_ops\n"
+        "import sys; assert 'torch' not in sys.modules\n"
+        "register_torch_ops(); register_torch_ops()\n"
+        "import torch\n"
+        "for name in ('ada_group_norm', 'qkv_attention', 'guided_mean_update'):\n"
+        "    assert hasattr(torch.ops.adm_rt, name), name\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -9,6 +9,7 @@ import numpy as np
 
 from adm_rt.errors import NonFiniteError, SamplingInterrupted
 from adm_rt.ops.philox import INITIAL_NOISE, philox_normal
+from adm_rt.samplers.guided_step import is_false
 
 _MAX_AUTO_BATCH = 32  # beyond this a CPU gains nothing and the progress bar stands still
 
@@ -214,7 +215,7 @@ class _Monitor:
         if self._callback is not None:
             proceed = self._callback(step, total, float(t), self._stage.engine.to_numpy(x0))
         self._steps_done += 1
-        if proceed is False:
+        if is_false(proceed):
             self.stopped = {"step": step, "steps": total, "image": self._rows.start}
             return False
         return True

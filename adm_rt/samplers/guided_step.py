@@ -42,7 +42,8 @@ class GuidedRun:
         timesteps: one per step, in the original process, in the order of the steps.
         draws_noise: whether the sampler's rows have noise.
         noise: int64 seeds [N] (image i's noise depends on nothing but its seed and the step), a
-            float array [steps, N, C, H, W], or None for fresh seeds each run.
+            float array [steps, N, C, H, W] or a list of one [N, C, H, W] per step, or None for
+            fresh seeds each run.
         callback: ``callback(step, total, t, x0)`` after each step, ``step`` from 0, ``t`` in the
             original process; returning False ends the run with this x0.
         eta: only for samplers that have it, which check it themselves; must be 0 for others.
@@ -114,20 +115,22 @@ class GuidedRun:
         if draws_noise:
             self._seeds, self._noise = _check_noise(noise, len(self._timesteps), x)
 
-    def step(self, k, x, row, *, learned_variance=False, history=(), keep_output=False):
+    def step(self, k, x, row, *, learned_variance=None, history=(), keep_output=False):
         """Step ``k`` from ``x`` with a row of coefficients made for this guidance scale.
 
+        ``learned_variance``: whether the row's variance is the network's; None for a sampler that
+        has no use for one, which then runs on networks with and without.
         ``keep_output`` makes the network's first C channels (guided, if classifier-free guidance
         is on) the history that ``next_h0`` multiplies.
         """
         t = self._timesteps[k]
         model_t = self._diffusion.scaled_timestep(t)
-        out = self._denoise(x, model_t, self._y)
+        out = self._denoise(x, model_t, self._y, learned_variance)
         if keep_output:
             history = (out[:, : x.shape[1]],)
         uncond = None
         if self._cfg_scale is not None and guidance.inside(t, self._interval):
-            uncond = self._denoise(x, model_t, self._null_y)
+            uncond = self._denoise(x, model_t, self._null_y, learned_variance)
             row = row._replace(cfg=self._cfg_scale)
             if keep_output:
                 history = (history[0], uncond[:, : x.shape[1]])
@@ -147,12 +150,12 @@ class GuidedRun:
             gradient=self._gradient_at(k, x, model_t),
             uncond_output=uncond,
             history=history,
-            learned_variance=learned_variance,
+            learned_variance=bool(learned_variance),
             **noise,
         )
         stop = False
         if self._callback is not None:
-            stop = self._callback(k, len(self._timesteps), t, x0) is False
+            stop = is_false(self._callback(k, len(self._timesteps), t, x0))
         return StepResult(next_x, x0, state, stop)
 
     def _update(self, x, out, row, *, gradient, uncond_output, **rest):
@@ -176,14 +179,18 @@ class GuidedRun:
             x, out, row, gradient=gradient, uncond_output=uncond_output, **rest, **options
         )
 
-    def _denoise(self, x, model_t, y):
-        out = self._engine.denoise(x, model_t, y, self._low_res)
-        channels = x.shape[1] * (2 if self._diffusion.learn_sigma else 1)
-        if out.shape[1] != channels:
+    def _denoise(self, x, model_t, y, learned_variance):
+        more = () if self._low_res is None else (self._low_res,)
+        out = self._engine.denoise(x, model_t, y, *more)
+        channels = x.shape[1]
+        allowed = {True: (2 * channels,), False: (channels,), None: (channels, 2 * channels)}[
+            learned_variance
+        ]
+        if out.shape[1] not in allowed:
             raise ValueError(
                 f"The network's output has {out.shape[1]} channels where learn_sigma="
-                f"{self._diffusion.learn_sigma} needs {channels}. Make the Diffusion with "
-                "learn_sigma as the network was trained."
+                f"{self._diffusion.learn_sigma} needs {' or '.join(map(str, allowed))}. Make the "
+                "Diffusion with learn_sigma as the network was trained."
             )
         return out
 
@@ -192,6 +199,11 @@ class GuidedRun:
         if what == guidance.FRESH:
             self._gradient = self._engine.classifier_gradient(x, model_t, self._y)
         return None if what == guidance.SKIP else self._gradient
+
+
+def is_false(value) -> bool:
+    """Whether a callback's answer is False, NumPy's included; None and everything else go on."""
+    return value is False or (isinstance(value, np.bool_) and not value)
 
 
 def finite(name, value, low=-math.inf, high=math.inf) -> float:
@@ -218,6 +230,8 @@ def _check_images(x, y, low_res):
         raise ValueError(f"x must be images [N, C, H, W], not shape {getattr(x, 'shape', None)}.")
     if str(x.dtype).removeprefix("torch.") not in ("float32", "float64"):
         raise TypeError(f"x must be float32 images (or float64), not {x.dtype}.")
+    if y is not None and not hasattr(y, "shape"):
+        raise TypeError(f"y must be an int64 array or tensor [N], not a {type(y).__name__}.")
     if y is not None and tuple(y.shape) != (x.shape[0],):
         raise ValueError(f"y has shape {tuple(y.shape)}; {x.shape[0]} images need ({x.shape[0]},).")
     if low_res is not None and low_res.shape[0] != x.shape[0]:
@@ -273,6 +287,10 @@ def _check_noise(noise, steps, x):
         fresh = np.random.SeedSequence().generate_state(count, np.uint64)
         return (fresh >> np.uint64(1)).astype(np.int64), None
     if isinstance(noise, (list, tuple)):
+        if len(noise) == steps and all(
+            isinstance(z, type(x)) and tuple(z.shape) == tuple(x.shape) for z in noise
+        ):
+            return None, noise
         noise = np.asarray(noise)
     shape = tuple(getattr(noise, "shape", ()))
     if shape == (count,) and "int" in str(noise.dtype):

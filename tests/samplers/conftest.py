@@ -95,7 +95,8 @@ class WavyEngine(CountingEngine):
         out = sine(self.gain * x + 0.003 * t + shift) + 0.4 * x
         if self.channels == x.shape[1]:
             return out
-        return concatenate([out, sine(2.1 * x - 0.002 * t)])
+        more = sine(2.1 * x - 0.002 * t)
+        return concatenate([out, more[:, : self.channels - x.shape[1]]])
 
     def classifier_gradient(self, x, t, y):
         self.log.append(("gradient", t, y))

@@ -285,6 +285,7 @@ def test_bad_values_are_refused_before_any_work(process, wavy_engine, sampler, a
         {"guidance_scale": True},
         {"guidance_every": 1.5},
         {"callback": 3},
+        {"y": [1, 1, 1, 1]},
         {"x": np.zeros(SHAPE, dtype=np.int64)},
         {"x": np.zeros(SHAPE, dtype=np.float16)},
         {"guidance_sale": 2.0},
@@ -321,6 +322,48 @@ def test_bad_noise(process, wavy_engine, sampler, noise):
     assert not engine.log
 
 
-def test_wrong_learn_sigma_is_named(process, wavy_engine, sampler):
-    with pytest.raises(ValueError, match="learn_sigma"):
-        sampler(wavy_engine(3), start(), process("3"), **options(sampler))
+def test_wrong_learn_sigma_is_named_where_it_matters(process, wavy_engine, sampler):
+    """Samplers that draw no learned noise run on networks with and without variances."""
+    diffusion = process("3")
+    if sampler.needs_noise:
+        with pytest.raises(ValueError, match="learn_sigma=True needs 6"):
+            sampler(wavy_engine(3), start(), diffusion, **options(sampler))
+        return
+    with_variances, without = (
+        sampler(wavy_engine(channels), start(), diffusion, **options(sampler))
+        for channels in (6, 3)
+    )
+    np.testing.assert_array_equal(with_variances, without)
+    with pytest.raises(ValueError, match="output has 4 channels.*needs 3 or 6"):
+        sampler(wavy_engine(4), start(), diffusion, **options(sampler))
+
+
+def test_an_engine_without_low_res_is_enough(process, sampler):
+    """``denoise(x, t, y[, low_res])``: only an upsampler's engine is handed the small images."""
+
+    class Plain:
+        def denoise(self, x, t, y):
+            return np.concatenate([np.sin(x), np.cos(x)], axis=1)
+
+        def classifier_gradient(self, x, t, y):
+            return 0.1 * x
+
+    got = sampler(Plain(), start(), process("3"), LABELS, 1.0, **options(sampler))
+    assert np.isfinite(got).all()
+
+
+def test_noise_may_be_a_list_of_tensors(process, wavy_engine, sampler):
+    noise = torch.from_numpy(np.random.default_rng(3).standard_normal((3, *SHAPE)))
+    x, y = torch.from_numpy(start()), torch.tensor(LABELS)
+    whole, parts = (
+        sampler(wavy_engine(6), x, process("3"), y, **{**options(sampler), "noise": n})
+        for n in (noise, list(noise))
+    )
+    assert torch.equal(whole, parts)
+
+
+def test_numpys_false_stops_too(process, wavy_engine, sampler):
+    engine = wavy_engine(6)
+    more = {**options(sampler), "callback": lambda *args: np.bool_(False)}
+    sampler(engine, start(), process("3"), **more)
+    assert len(engine.calls("denoise")) == 1

@@ -43,7 +43,10 @@ class SampleResult:
         self.images = images
         self.seeds = np.asarray(self.seeds, dtype=np.int64)
         if self.labels is not None:
-            self.labels = np.asarray(self.labels, dtype=np.int64)
+            labels = np.asarray(self.labels)
+            if labels.dtype.kind not in "iu" and labels.size:
+                raise ValueError(f"labels must be integers, not {labels.dtype}")
+            self.labels = labels.astype(np.int64)
         for name, values in (("labels", self.labels), ("seeds", self.seeds)):
             if values is not None and values.shape != (len(images),):
                 raise ValueError(f"{name} has shape {list(values.shape)} for {len(images)} images")
@@ -117,7 +120,7 @@ class SampleResult:
     def _write_folder(self, path):
         from PIL import Image
 
-        scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        scratch = Path(tempfile.mkdtemp(prefix=_scratch_prefix(path), dir=path.parent))
         try:
             digits = max(5, len(str(len(self.images))))
             for index, image in enumerate(self.images):
@@ -166,9 +169,23 @@ def check_output(path, count=1):
 
     Meant to be called before hours of sampling. Raises ValueError naming what stands in the way.
     """
-    if not str(path):
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"output={path!r} must be a path: name.npz, name.png or a folder")
+    given = os.fspath(path)
+    if not given:
         raise ValueError("output '': the path is empty; use name.npz, name.png or a folder")
-    given, path = str(path), Path(path).expanduser().absolute()
+    try:
+        return _checked(given, Path(os.path.abspath(os.path.expanduser(given))), count)
+    except OSError as error:  # a name too long, a folder that may not be searched, ...
+        shown = given if len(given) < 80 else given[:77] + "..."
+        raise ValueError(
+            f"output {shown!r} cannot be written: {error.strerror}; choose another name or folder"
+        ) from error
+
+
+def _checked(given, path, count):
+    if "\0" in given:
+        raise ValueError(f"output {given!r}: a path cannot hold a NUL character")
     kind = output_kind(path)
     if kind == "png" and count > MAX_GRID:
         raise ValueError(
@@ -220,7 +237,7 @@ def _save_png(image, file, description):
 
 def _write_atomically(path, write):
     """``write(file)`` into a temporary neighbour, then rename: never a half-written ``path``."""
-    descriptor, scratch = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    descriptor, scratch = tempfile.mkstemp(prefix=_scratch_prefix(path), dir=path.parent)
     try:
         with os.fdopen(descriptor, "wb") as file:
             write(file)
@@ -232,6 +249,10 @@ def _write_atomically(path, write):
         with contextlib.suppress(OSError):
             os.unlink(scratch)
         raise
+
+
+def _scratch_prefix(path):
+    return f".{path.name[:40]}."  # cut: with the suffix it must not be longer than a name may be
 
 
 def _umask():

@@ -179,10 +179,31 @@ def test_paths_that_cannot_be_written(tmp_path):
         (tmp_path / "folder.npz", "is a folder"),
         ("/proc/adm_rt/x.npz", "no file can be made in /proc"),
         ("", "empty"),
+        ("x\0.npz", "NUL"),
+        (tmp_path / ("x" * 300 + ".npz"), "too long"),
+        (tmp_path / ("x" * 300) / "x.npz", "too long"),
     ]:
         with pytest.raises(ValueError, match=reason):
             check_output(path)
     assert sorted(os.listdir(tmp_path)) == ["file", "folder.npz"]
+
+
+@pytest.mark.parametrize("path", [5, None, b"x.npz"], ids=repr)
+def test_a_path_of_another_type_is_named(path):
+    with pytest.raises(TypeError, match="output="):
+        check_output(path)
+
+
+def test_the_longest_name_can_be_written(result, tmp_path):
+    name = "x" * 251 + ".npz"
+    result.save(tmp_path / name)
+    result.save(tmp_path / ("y" * 255))
+    assert sorted(os.listdir(tmp_path)) == [name, "y" * 255]
+
+
+def test_dots_in_a_path_make_no_folders(tmp_path):
+    """With "missing/.." taken literally, saving would create "missing" on the way."""
+    assert check_output(tmp_path / "missing" / ".." / "x.npz") == tmp_path / "x.npz"
 
 
 def test_checking_a_path_makes_nothing(tmp_path):
@@ -195,6 +216,8 @@ def test_wrong_arrays_are_named():
         SampleResult(np.zeros((1, 4, 4, 3), np.float32), None, [0])
     with pytest.raises(ValueError, match=r"labels has shape \[3\] for 2 images"):
         SampleResult(np.zeros((2, 4, 4, 3), np.uint8), [1, 2, 3], [0, 1])
+    with pytest.raises(ValueError, match="labels must be integers, not float64"):
+        SampleResult(np.zeros((2, 4, 4, 3), np.uint8), [1, 2.5], [0, 1])
 
 
 def test_too_many_images_for_a_grid_are_refused_before_they_are_made(tmp_path):

@@ -44,7 +44,7 @@ def main(argv=None):
 
 def build_parser(command=None):
     """The parser; only ``command``'s own arguments are filled in (None: of no command)."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="adm-rt",
         description="ADM diffusion models: sampling, guidance, training.",
         epilog="adm-rt COMMAND --help describes a command. Set ADM_RT_TRACEBACK=1 to see where "
@@ -59,6 +59,13 @@ def build_parser(command=None):
             implementation.add_arguments(below)
             below.set_defaults(run=implementation.run)
     return parser
+
+
+class _Parser(argparse.ArgumentParser):
+    """Its errors are one line: the usage of ``sample`` alone would fill a screen."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
 
 def _dispatch(argv):

@@ -30,15 +30,20 @@ def locate(model, argument="model", kind=None):
     the nearest models.
     """
     if not isinstance(model, (str, os.PathLike)):
-        raise TypeError(f"{argument}={model!r} must be a zoo name or a path")
+        shown = type(model).__name__ if hasattr(model, "cfg") else repr(model)[:80]
+        raise TypeError(
+            f"{argument}={shown} must be a zoo name or a path; a network that is already loaded "
+            "goes into Pipeline(unet, classifier, upsampler)"
+        )
     if not os.fspath(model):
         raise ValueError(f"{argument}='' is empty; give {_choices(kind)}")
-    path = Path(model).expanduser()
+    path = Path(os.path.expanduser(model))
     name = os.fspath(model)
     if name in zoo_models():
         return ZOO / name
-    if path.exists():
+    if os.path.exists(path):  # False for a name that no file can have, where Path raises
         return path
+    name = name if len(name) < 200 else name[:200] + "..."
     found = preset_name(model)
     if found is not None:
         raise ValueError(

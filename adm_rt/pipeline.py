@@ -285,7 +285,9 @@ class Pipeline:
         an image stops being finite, SamplingInterrupted (a KeyboardInterrupt) on Ctrl-C.
         """
         if self.unet is None:
-            raise ValueError(f"{self.name} is an upsampler: call upscale(images) instead")
+            raise ValueError(
+                f"{self.name} is an upsampler: call upscale(images), or use adm-rt upscale"
+            )
         cfg = self.unet.cfg
         count = request.count_images(num_images, classes, seeds)
         given_seeds, seeds = seeds, request.resolve_seeds(seed, seeds, count)
@@ -367,14 +369,16 @@ class Pipeline:
         seeds and labels. A class-conditional upsampler needs labels.
         """
         if self.upsampler is None:
-            raise ValueError(f"{self.name} has no upsampler; load one with upsampler=...")
+            raise ValueError(
+                f"{self.name} has no upsampler; load one with upsampler=..., or as the model itself"
+            )
         cfg = self.upsampler.cfg
         images = request.check_images(images, cfg.small_size)
-        count = len(images)
+        count = request.count_images(len(images), labels, seeds, "labels")
         seeds = request.resolve_seeds(seed, seeds, count)
         if labels is not None:
             labels = request.resolve_classes(
-                labels, count, seeds, cfg.num_classes, self.class_names, self.name
+                labels, count, seeds, cfg.num_classes, self.class_names, self.name, "labels"
             )
         self._check_upsampler_labels(labels)
         up = self._upscale_stage(steps, sampler, batch_size, count, ("steps", "sampler"))
@@ -492,13 +496,7 @@ def check_early(steps, sampler, guidance_scale, batch_size, seed, callback, num_
 def _sampler_function(name, argument="sampler"):
     from adm_rt.samplers import SAMPLERS
 
-    request.check_sampler(name, argument)
-    if SAMPLERS[name].encodes:
-        raise ValueError(
-            f"{argument}={name!r} turns images into noise, so it cannot make images; call "
-            f"adm_rt.samplers.SAMPLERS[{name!r}] on images of yours"
-        )
-    return SAMPLERS[name]
+    return SAMPLERS[request.check_sampler(name, argument)]
 
 
 def _check_eta(eta, sampler):

@@ -59,10 +59,15 @@ def check_choice(name, value, allowed):
 
 
 def check_sampler(value, name="sampler"):
-    """A key of ``SAMPLERS``."""
+    """A key of ``SAMPLERS`` that makes images."""
     from adm_rt.samplers import SAMPLERS
 
-    return check_choice(name, value, tuple(sorted(SAMPLERS)))
+    if isinstance(value, str) and value in SAMPLERS and SAMPLERS[value].encodes:
+        raise ValueError(
+            f"{name}={value!r} turns images into noise, so it cannot make images; call "
+            f"adm_rt.samplers.SAMPLERS[{value!r}] on images of yours"
+        )
+    return check_choice(name, value, tuple(n for n in SAMPLERS if not SAMPLERS[n].encodes))
 
 
 def respaced_diffusion(cfg, steps, name="steps"):
@@ -96,10 +101,14 @@ def check_interval(interval, diffusion_steps):
     return low, high
 
 
-def count_images(num_images, classes, seeds):
+def count_images(num_images, classes, seeds, classes_name="classes"):
     """How many images: ``num_images``, else the length of ``seeds`` or ``classes``, else 16."""
     lists = {"seeds": seeds, "classes": classes}
     lengths = {name: len(v) for name, v in lists.items() if is_list(v)}
+    for name, length in lengths.items():
+        if not length:
+            name = classes_name if name == "classes" else name
+            raise ValueError(f"{name}=[] is empty; give at least one, or leave it out")
     if num_images is None:
         num_images = lengths.get("seeds", lengths.get("classes", DEFAULT_IMAGES))
     count = check_count("num_images", num_images, 1, MAX_IMAGES)
@@ -110,15 +119,17 @@ def count_images(num_images, classes, seeds):
         )
     if lengths.get("classes", count) > count:
         raise ValueError(
-            f"classes holds {lengths['classes']} classes for num_images={count}; a shorter list is "
-            "repeated, a longer one is an error"
+            f"{classes_name} holds {lengths['classes']} classes for num_images={count}; a shorter "
+            "list is repeated, a longer one is an error"
         )
     return count
 
 
 def is_list(value):
     """True for a list, tuple or array of values; False for None, a number or a name."""
-    return value is not None and not isinstance(value, str) and np.ndim(value) == 1
+    if isinstance(value, (list, tuple, range)):
+        return True
+    return getattr(value, "ndim", 0) == 1 and not isinstance(value, str)
 
 
 def resolve_seeds(seed, seeds, num_images):
@@ -135,29 +146,30 @@ def stage_seeds(seeds):
     return np.asarray(seeds, dtype=np.int64) ^ np.int64(_STAGE_BIT)
 
 
-def resolve_classes(classes, num_images, seeds, num_classes, class_names=None, model="the model"):
+def resolve_classes(
+    classes, num_images, seeds, num_classes, class_names=None, model="the model", name="classes"
+):
     """int64 labels [num_images], or None for a model that has no classes.
 
     classes: None (one per image, uniform, a function of the image's seed alone), an index, a
-    class name, or a list of these, repeated when shorter than ``num_images``.
+    class name, or a list of these, repeated when shorter than ``num_images``. name: what errors
+    call it.
     """
     if num_classes is None:
         if classes is not None:
             raise ValueError(
-                f"classes={classes!r} was given, but {model} has no classes and there is no "
-                "classifier to guide it; leave classes out"
+                f"{name}={classes!r} was given, but {model} has no classes and there is no "
+                "classifier to guide it; leave it out"
             )
         return None
     if classes is None:
         return philox_randint(seeds, num_classes)
     values = list(classes) if is_list(classes) else [classes]
-    if not values:
-        raise ValueError("classes=[] is empty; give at least one class, or None for random ones")
-    labels = [_class_index(v, num_classes, class_names, model) for v in values]
+    labels = [_class_index(v, num_classes, class_names, model, name) for v in values]
     return np.resize(np.array(labels, dtype=np.int64), num_images)
 
 
-def _class_index(value, num_classes, class_names, model):
+def _class_index(value, num_classes, class_names, model, name):
     allowed = f"0..{num_classes - 1}"
     if class_names:
         allowed += f", or a name: {_shortened(class_names)}"
@@ -166,19 +178,23 @@ def _class_index(value, num_classes, class_names, model):
             return list(class_names).index(value)
         if not class_names:
             raise ValueError(
-                f"classes: {value!r} is a name, but {model} has no class names; allowed: {allowed}"
+                f"{name}: {value!r} is a name, but {model} has no class names; allowed: {allowed}"
             )
         raise ValueError(
-            f"classes: {value!r} is not a class of {model}; allowed: {allowed}"
+            f"{name}: {value!r} is not a class of {model}; allowed: {allowed}"
             + nearest(value, class_names)
         )
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+    try:  # an int, and whatever NumPy and torch have for one
+        index = operator.index(value)
+    except TypeError:
+        index = None
+    if index is None or isinstance(value, bool):
         raise TypeError(
-            f"classes: {value!r} is neither a class index nor a name; allowed: {allowed}"
+            f"{name}: {value!r} is neither a class index nor a name; allowed: {allowed}"
         )
-    if not 0 <= value < num_classes:
-        raise ValueError(f"classes: {value} is out of range for {model}; allowed: {allowed}")
-    return int(value)
+    if not 0 <= index < num_classes:
+        raise ValueError(f"{name}: {index} is out of range for {model}; allowed: {allowed}")
+    return index
 
 
 def _shortened(names, limit=40):

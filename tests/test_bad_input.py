@@ -103,6 +103,12 @@ def test_bad_arguments_stop_before_any_work(
         ({"guidance_scale": "2"}, "guidance_scale='2' must be a number"),
         ({"classes": 1.5}, "classes: 1.5 is neither"),
         ({"classes": []}, "classes=.. is empty"),
+        ({"classes": [], "num_images": None}, "classes=.. is empty"),
+        ({"seeds": [], "num_images": None}, "seeds=.. is empty"),
+        ({"classes": [[1, 2], [1]]}, r"classes: \[1, 2\] is neither"),
+        ({"classes": "a"}, "'a' is not a class of tiny.*Did you mean 'A'"),
+        ({"classes": torch.tensor([0, 5])}, "classes: 5 is out of range"),
+        ({"sampler": "DDIM"}, "sampler='DDIM' is unknown.*Did you mean 'ddim'"),
         ({"classes": [1, 2, 3]}, "classes holds 3 classes for num_images=2"),
         ({"seeds": [1, 2, 3]}, "seeds holds 3 seeds for num_images=2"),
         ({"seeds": 7}, "seeds=7 must be a list"),
@@ -130,8 +136,12 @@ def test_upscale_arguments(tiny_stack, tiny_pipeline):
         tiny_stack.upscale(images[:, :8, :8], [0, 1], **QUIET)
     with pytest.raises(ValueError, match="float32"):
         tiny_stack.upscale(images.astype(np.float32), [0, 1], **QUIET)
-    with pytest.raises(ValueError, match="classes: 5 is out of range"):
+    with pytest.raises(ValueError, match="labels: 5 is out of range"):
         tiny_stack.upscale(images, [0, 5], **QUIET)
+    with pytest.raises(ValueError, match="labels holds 3 classes for num_images=2"):
+        tiny_stack.upscale(images, [0, 1, 2], **QUIET)
+    with pytest.raises(ValueError, match="seeds holds 1 seeds for num_images=2"):
+        tiny_stack.upscale(images, [0, 1], seeds=[4], **QUIET)
     with pytest.raises(ValueError, match="tiny has no upsampler"):
         tiny_pipeline.upscale(images, [0, 1], **QUIET)
 
@@ -145,6 +155,18 @@ def test_unknown_model_names_the_nearest(workplace, capsys):
     code, line = cli(capsys, "--model", "glyps32")
     assert code == 1 and "'glyps32' is neither a shipped model" in line
     assert "lsun_bedroom" in line
+
+
+@pytest.mark.parametrize("name", ["m" * 5000, "m\0", "~nobody_of_that_name/m"])
+def test_names_that_no_file_can_have(name, workplace):
+    with pytest.raises(ValueError, match="is neither a shipped model nor") as caught:
+        adm_rt.load(name)
+    assert len(str(caught.value)) < 1000
+
+
+def test_a_loaded_network_is_no_model_name(tiny_folder, tiny_pipeline):
+    with pytest.raises(TypeError, match="^classifier=NoisyClassifier must be .*Pipeline"):
+        adm_rt.load(tiny_folder, classifier=tiny_pipeline.classifier)
 
 
 def test_a_preset_without_its_weights_says_how_to_get_them(tiny_folder):

@@ -2,11 +2,13 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from tiny_models import tiny_network
 
@@ -301,10 +303,45 @@ def test_usage_errors_exit_with_2(capsys):
         ["sample", "--use_ddim", "perhaps"],
         ["upscale"],
         ["convert", "one"],
+        ["sample", "--classifier_width", "wide"],
+        ["train", "diffusion", "--out", "x", "--iterations", "1", "--export-dtype", "int8"],
     ):
         assert main(arguments) == 2
-        lines = capsys.readouterr().err.strip().splitlines()
-        assert lines[-1].startswith("adm-rt") and "error: " in lines[-1]
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        assert line.startswith("adm-rt") and "error: " in line and line.endswith("--help)")
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--output", ""], "output '': the path is empty"),
+        (["--classes", "\N{SUPERSCRIPT TWO}"], "is not a class of tiny"),
+        (["--threads", "100000"], r"threads=100000 is out of range; allowed: 1\.\.1024"),
+        (["--classifier_width", "64"], "flag classifier_width=64 disagrees"),
+    ],
+)
+def test_odd_values_are_named_and_nothing_is_written(tiny_folder, workplace, capsys, flags, says):
+    threads = torch.get_num_threads()
+    assert main(["sample", "--model", str(tiny_folder), "--steps", "1", "-n", "1", *flags]) == 1
+    assert re.search(says, capsys.readouterr().err)
+    assert os.listdir(workplace) == [] and torch.get_num_threads() == threads
+
+
+def test_convert_to_a_name_that_would_mislead(tiny_folder, workplace, capsys):
+    for name in ("x.safetensors", "", "x.ckpt"):
+        assert main(["convert", str(tiny_folder), name]) == 1
+        assert "give a new folder, or a name that ends in .pt" in capsys.readouterr().err
+    assert os.listdir(workplace) == []
+
+
+def test_upscaling_more_images_than_there_are(tiny_upsampler_folder, workplace, capsys):
+    np.savez("base.npz", arr_0=np.zeros((2, 16, 16, 3), np.uint8), arr_1=[0, 1])
+    command = ["upscale", "--model", str(tiny_upsampler_folder), "--input", "base.npz"]
+    assert main([*command, "-n", "3"]) == 1
+    assert "num_images=3 is out of range; allowed: 1..2" in capsys.readouterr().err
+    assert main([*command, "--classes", "1,2,3"]) == 1
+    assert "labels holds 3 classes for num_images=2" in capsys.readouterr().err
+    assert os.listdir(workplace) == ["base.npz"]
 
 
 def test_help_and_version(capsys):

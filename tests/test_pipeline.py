@@ -164,6 +164,13 @@ def test_classes_by_index_name_and_list(tiny_pipeline):
     assert len(labels()) == 16
 
 
+def test_classes_may_be_tensors(tiny_pipeline):
+    made = tiny_pipeline(3, torch.tensor([4, 2]), steps=1, **QUIET)
+    np.testing.assert_array_equal(made.labels, [4, 2, 4])
+    assert tiny_pipeline(1, torch.tensor(3), steps=1, **QUIET).labels[0] == 3
+    assert tiny_pipeline(1, np.array(3), steps=1, **QUIET).labels[0] == 3
+
+
 def test_callback_sees_x0_and_can_stop(tiny_pipeline):
     seen = []
 

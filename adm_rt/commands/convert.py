@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from adm_rt.commands import flags
 
 
@@ -21,6 +23,12 @@ def run(args):
     from adm_rt.locate import locate
     from adm_rt.models.checkpoint import convert
 
+    suffix = Path(args.destination).suffix
+    if not args.destination or suffix in (".safetensors", ".pth", ".ckpt", ".npz"):
+        raise ValueError(
+            f"DST={args.destination!r}: give a new folder, or a name that ends in .pt; the weights "
+            "in a folder are model.safetensors"
+        )
     source = locate(args.source, "SRC")
     convert(source, args.destination, args.dtype, preset=args.preset, **flags.structure(args))
     print(f"adm-rt: {args.source} -> {args.destination}")

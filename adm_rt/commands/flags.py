@@ -11,6 +11,7 @@ _TRUE = ("1", "true", "yes", "t", "y", "on")
 _FALSE = ("0", "false", "no", "f", "n", "off")
 # decided by the sampling flags or by the file itself
 _NOT_STRUCTURE = ("kind", "image_size", "timestep_respacing")
+_MAX_THREADS = 1024
 CLASSIFIER_FLAGS = tuple(CLASSIFIER_ALIASES.values())
 
 
@@ -53,7 +54,10 @@ def add_structure(parser, classifier=False):
         )
     if classifier:
         for name in CLASSIFIER_FLAGS:
-            add(group, "--" + name.replace("_", "-"), dest="flag_" + name, metavar="VALUE")
+            kind = int if name in ("classifier_width", "classifier_depth") else str
+            metavar = "INT" if kind is int else "VALUE"
+            flag = "--" + name.replace("_", "-")
+            add(group, flag, type=kind, dest="flag_" + name, metavar=metavar)
 
 
 def structure(args):
@@ -63,9 +67,6 @@ def structure(args):
         for name, value in vars(args).items()
         if name.startswith("flag_") and value is not None
     }
-    for name in CLASSIFIER_FLAGS:
-        if isinstance(given.get(name), str) and name.rsplit("_", 1)[-1] in ("width", "depth"):
-            given[name] = int(given[name])
     normalize_flags({k: v for k, v in given.items() if not k.startswith("classifier_")})
     return given
 
@@ -99,8 +100,8 @@ def set_threads(count):
     """Use ``count`` threads in torch and in our own kernels; None leaves both alone."""
     if count is None:
         return
-    if count < 1:
-        raise ValueError(f"threads={count} is out of range; allowed: 1 or more")
+    if not 1 <= count <= _MAX_THREADS:  # torch takes any number, and crashes later
+        raise ValueError(f"threads={count} is out of range; allowed: 1..{_MAX_THREADS}")
     import torch
 
     torch.set_num_threads(count)

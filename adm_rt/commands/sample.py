@@ -69,9 +69,12 @@ def run(args):
 
     request = sample_arguments(args)
     count = count_images(request["num_images"], _split(request["classes"]), request["seeds"])
-    outputs = [Path(args.output)] if args.output else default_outputs(args, request)
-    if not args.output and count > MAX_DEFAULT_GRID:
-        outputs = [path for path in outputs if path.suffix == ".npz"]
+    if args.output is not None:
+        outputs = [args.output]
+    else:
+        outputs = default_outputs(args, request)
+        if count > MAX_DEFAULT_GRID:
+            outputs = [path for path in outputs if path.suffix == ".npz"]
     for output in outputs:
         check_output(output, count)
     pipeline_arguments = {
@@ -163,7 +166,7 @@ def parse_classes(text, class_names):
         if class_names and part in class_names:
             values.append(part)
         else:
-            values.append(int(part) if part.lstrip("-").isdigit() else part)
+            values.append(int(part) if part.removeprefix("-").isdecimal() else part)
     return values if len(values) > 1 else values[0]
 
 

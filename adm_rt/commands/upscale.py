@@ -30,12 +30,15 @@ def add_arguments(parser):
 
 def run(args):
     from adm_rt.pipeline import Pipeline, check_early
+    from adm_rt.request import check_count
     from adm_rt.result import SampleResult, check_output
 
     base = SampleResult.load(args.input)
-    rows = slice(args.num_images)
-    count = len(base.images[rows])
-    outputs = [Path(args.output)] if args.output else default_outputs(args.input, count)
+    count = len(base)
+    if args.num_images is not None:
+        count = check_count("num_images", args.num_images, 1, len(base))
+    rows = slice(count)
+    outputs = [args.output] if args.output is not None else default_outputs(args.input, count)
     for output in outputs:
         check_output(output, count)
     check_early(

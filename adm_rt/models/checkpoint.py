@@ -17,7 +17,13 @@ from typing import Any
 import numpy as np
 
 from adm_rt.errors import CheckpointError
-from adm_rt.models.config import ModelConfig, coerce_flag, nearest, normalize_flags
+from adm_rt.models.config import (
+    CLASSIFIER_ALIASES,
+    ModelConfig,
+    coerce_flag,
+    nearest,
+    normalize_flags,
+)
 from adm_rt.models.flag_inference import FREE_FLAGS, infer_config, resolve_config
 from adm_rt.models.parameter_shapes import parameter_shapes
 from adm_rt.models.presets import preset as find_preset
@@ -132,7 +138,8 @@ def convert(
         raise ValueError(f"dtype={dtype!r} is not known; allowed: float32, float16, bfloat16.")
     if os.path.realpath(src) == os.path.realpath(dst) and not overwrite:
         raise CheckpointError(
-            f"{src} and {dst} are the same place; pass overwrite=True to replace."
+            f"{src} and {dst} are the same place. Choose another (convert in Python also takes "
+            "overwrite=True)."
         )
     info, weights = _load(src, preset, attention_order, verify, flags)
     dtype = dtype or info.dtype
@@ -225,7 +232,8 @@ def _checked_folder_config(path, config: ModelConfig, preset, flags) -> ModelCon
     """config.json's flags, with those changed that do not touch what the weights mean."""
     given = {k: coerce_flag(k, v) for k, v in normalize_flags(flags, config.kind).items()}
     own = config.to_dict()
-    wanted = {f"flag {k}": (k, v) for k, v in given.items()}
+    spelt = {k: CLASSIFIER_ALIASES.get(k) for k in given}  # as the caller wrote it
+    wanted = {f"flag {spelt[k] if spelt[k] in flags else k}": (k, v) for k, v in given.items()}
     if preset not in (None, "none"):
         base = find_preset(preset).replace(**{k: v for k, v in given.items() if k != "kind"})
         wanted |= {f"preset {preset!r}: {k}": (k, v) for k, v in base.to_dict().items()}

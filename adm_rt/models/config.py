@@ -55,7 +55,9 @@ CLASSIFIER_ALIASES = {field: flag for flag, field in _CLASSIFIER_FLAGS.items()}
 
 def nearest(name: str, known) -> str:
     """' Did you mean ...?' for a misspelt name, or an empty string."""
-    close = difflib.get_close_matches(str(name), list(known), n=3, cutoff=0.5)
+    known = list(known)
+    close = [k for k in known if k.lower() == str(name).lower()]
+    close = close or difflib.get_close_matches(str(name), known, n=3, cutoff=0.5)
     return f" Did you mean {' or '.join(repr(c) for c in close)}?" if close else ""
 
 

@@ -169,7 +169,8 @@ def replace_file(path: Path, overwrite: bool) -> Iterator[Path]:
         raise CheckpointError(f"cannot write {path}: it is a folder.")
     if path.exists() and not overwrite:
         raise CheckpointError(
-            f"cannot write {path}: it exists. Choose another name, or pass overwrite=True."
+            f"cannot write {path}: it exists. Choose another name (save_model and convert in "
+            "Python also take overwrite=True)."
         )
     with _write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -194,8 +195,8 @@ def _replaceable(folder: Path, overwrite: bool) -> bool:
             return False
     if not overwrite:
         raise CheckpointError(
-            f"cannot write {folder}: it is not empty. Choose another folder, or pass "
-            "overwrite=True to replace the model in it."
+            f"cannot write {folder}: it is not empty. Choose another folder (save_model and "
+            "convert in Python also take overwrite=True, to replace the model in it)."
         )
     if not is_model_folder(folder):
         raise CheckpointError(

@@ -27,7 +27,12 @@ def add_arguments(parser):
         command.add_argument("--data", default="glyphs", choices=["glyphs"], help="data set")
         command.add_argument("--data-seed", type=int, default=1, help="seed of the data stream")
         command.add_argument("--threads", type=int, default=0, help="torch threads, 0: torch's own")
-        command.add_argument("--export-dtype", default="float16", help="dtype of the final weights")
+        command.add_argument(
+            "--export-dtype",
+            default="float16",
+            choices=("float32", "float16", "bfloat16"),
+            help="dtype of the final weights",
+        )
         for field in dataclasses.fields(TrainConfig):
             _add_field(command, field, required=field.default is dataclasses.MISSING)
         for field in dataclasses.fields(ModelConfig):

@@ -15,7 +15,8 @@ enum class CpuIsa : int { kPortable = 0, kAvx2 = 1, kAvx512 = 2 };
 // that this machine lacks throws std::invalid_argument.
 CpuIsa cpu_isa();
 
-// For tests and benchmarks. Throws std::invalid_argument when this machine lacks `isa`.
+// For tests and benchmarks, while no kernel runs: each instruction set has scratch memory and work
+// of its own size. Throws std::invalid_argument when this machine lacks `isa`.
 void set_cpu_isa(CpuIsa isa);
 
 // The best one available here, whatever was set.

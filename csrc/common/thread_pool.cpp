@@ -209,8 +209,10 @@ int default_threads() {
   if (const int n = positive_env("ADM_RT_NUM_THREADS")) return n;
   if (const int n = positive_env("OMP_NUM_THREADS")) return n;
   int cores = static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
+#if defined(__linux__)
   cpu_set_t allowed;
   if (sched_getaffinity(0, sizeof(allowed), &allowed) == 0) cores = CPU_COUNT(&allowed);
+#endif
   if (const int quota = cgroup_quota()) cores = std::min(cores, quota);
   return std::max(1, std::min(cores, kMaxThreads));
 }

@@ -153,7 +153,8 @@ void planes(const AdaGroupNormParams& p, int64_t begin, int64_t end) {
     const T* x = static_cast<const T*>(p.x) + task * count;
     T* y = static_cast<T*>(p.y) + task * count;
     const Moments m = moments(x, count);
-    const double variance = m.square > 0 ? m.square / static_cast<double>(count) : m.square;
+    // Not below zero by rounding; NaN stays NaN.
+    const double variance = (m.square < 0 ? 0.0 : m.square) / static_cast<double>(count);
     const double rstd = 1.0 / std::sqrt(variance + static_cast<double>(p.eps));
     const float center = static_cast<float>(m.mean);
     if (p.mean != nullptr) p.mean[task] = center;

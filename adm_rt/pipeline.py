@@ -28,7 +28,7 @@ def sample(
     num_images=None,
     classes=None,
     steps=DEFAULT_STEPS,
-    sampler=DEFAULT_SAMPLER,
+    sampler="auto",
     guidance_scale=None,
     classifier=None,
     engine="auto",
@@ -85,7 +85,7 @@ class Pipeline:
     """A denoiser, the classifier that guides it, and an upsampler that may follow.
 
     Any of ``unet`` and ``upsampler`` may be None, not both. ``settings``: the model's defaults:
-    ``guidance_scale``, ``class_names``. ``engine``, ``device``, ``dtype``: see
+    ``guidance_scale``, ``sampler``, ``class_names``. ``engine``, ``device``, ``dtype``: see
     ``engines.create``. Attributes: ``name``, ``notes`` (one-line remarks), ``num_classes``.
     """
 
@@ -244,7 +244,7 @@ class Pipeline:
         classes=None,
         *,
         steps=DEFAULT_STEPS,
-        sampler=DEFAULT_SAMPLER,
+        sampler="auto",
         guidance_scale=None,
         eta=0.0,
         thresholding="static",
@@ -267,7 +267,8 @@ class Pipeline:
           these, repeated when shorter than ``num_images``.
         - steps: a number of steps, or a respacing string: "25", "ddim25", "90,60,60,20,20", ""
           (all).
-        - sampler: "dpmpp_2m", "ddpm", "ddim", "unipc".
+        - sampler: "dpmpp_2m", "ddpm", "ddim", "unipc"; "auto" is the one that the model's own
+          config.json names, else "dpmpp_2m".
         - guidance_scale: strength of classifier guidance; None takes the model's default, 0 never
           runs the classifier. guidance_interval: (low, high) timesteps of the original process
           outside which there is no guidance; guidance_every: evaluate the gradient every k steps.
@@ -289,6 +290,7 @@ class Pipeline:
                 f"{self.name} is an upsampler: call upscale(images), or use adm-rt upscale"
             )
         cfg = self.unet.cfg
+        sampler = self._sampler(sampler)
         count = request.count_images(num_images, classes, seeds)
         given_seeds, seeds = seeds, request.resolve_seeds(seed, seeds, count)
         diffusion = request.respaced_diffusion(cfg, steps)
@@ -431,6 +433,9 @@ class Pipeline:
                 "classes"
             )
 
+    def _sampler(self, name):
+        return self.settings.get("sampler", DEFAULT_SAMPLER) if name == "auto" else name
+
     def _guidance_scale(self, scale, steps):
         if scale is None:
             if self.classifier is None:
@@ -477,7 +482,8 @@ load = Pipeline.from_pretrained
 
 def check_early(steps, sampler, guidance_scale, batch_size, seed, callback, num_images, options):
     """The checks that need no model, so that a typing error does not wait for weights to load."""
-    _sampler_function(sampler)
+    if sampler != "auto":
+        _sampler_function(sampler)
     if guidance_scale is not None:
         request.check_number("guidance_scale", guidance_scale, 0.0)
     if not isinstance(steps, str):

@@ -310,7 +310,7 @@ def test_zoo_names_bring_their_classifier_scale_and_class_names(tmp_path, monkey
     from adm_rt.models import save_model
 
     names = list(TINY_CLASSES)
-    metadata = {"classifier": "toy_classifier", "guidance_scale": 3.5}
+    metadata = {"classifier": "toy_classifier", "guidance_scale": 3.5, "sampler": "ddpm"}
     save_model(tmp_path / "toy", tiny_network(), class_names=names, metadata=metadata)
     save_model(tmp_path / "toy_classifier", tiny_network("classifier", seed=1))
     monkeypatch.setattr(locate, "ZOO", tmp_path)
@@ -319,6 +319,9 @@ def test_zoo_names_bring_their_classifier_scale_and_class_names(tmp_path, monkey
     result = adm_rt.sample("toy", classes=["D", "A"], steps=2, **QUIET)
     assert result.labels.tolist() == [3, 0]
     assert result.metadata["guidance_scale"] == 3.5
+    assert result.metadata["sampler"] == "ddpm"
+    other = adm_rt.sample("toy", 1, steps=2, sampler="dpmpp_2m", **QUIET)
+    assert other.metadata["sampler"] == "dpmpp_2m"
     assert (result.metadata["model"], result.metadata["classifier"]) == ("toy", "toy_classifier")
     with pytest.raises(ValueError, match=r"shipped model \(toy\).*Did you mean 'toy"):
         adm_rt.load("toyy")

@@ -13,6 +13,7 @@ MAX_DEFAULT_GRID = 100  # more images than this are written as .npz only
 
 
 def add_arguments(parser):
+    parser.usage = "adm-rt sample [options]"
     parser.description = (
         "Make images. guided-diffusion's flag names are accepted where the meaning is the same. "
         "Without --output, samples/NAME.png (a grid) and samples/NAME.npz are written."
@@ -40,7 +41,11 @@ def add_arguments(parser):
         default=25,
         help="number of steps, or a respacing string: ddim25, 90,60,60,20,20 (default 25)",
     )
-    add(parser, "--sampler", help="dpmpp_2m (default), ddpm, ddim, unipc")
+    add(
+        parser,
+        "--sampler",
+        help="dpmpp_2m, ddpm, ddim, unipc; default: the model's own, else dpmpp_2m",
+    )
     add(parser, "--use-ddim", type=flags.boolean, help="True: --sampler ddim, False: ddpm")
     add(
         parser,
@@ -127,7 +132,7 @@ def sample_arguments(args):
         "num_images": args.num_images,
         "classes": args.classes,
         "steps": args.steps,
-        "sampler": sampler or "dpmpp_2m",
+        "sampler": sampler or "auto",
         "guidance_scale": args.guidance_scale,
         "eta": args.eta,
         "thresholding": thresholding or "static",
@@ -149,8 +154,8 @@ def default_outputs(args, request):
     scale = request["guidance_scale"]
     words = [
         display_name(args.model),
-        request["sampler"],
-        str(request["steps"] or "all").replace(",", "-"),
+        "" if request["sampler"] == "auto" else request["sampler"],
+        f"steps{request['steps'] or 'all'}".replace(",", "-"),
         "" if scale is None else f"scale{scale:g}",
         f"seed{args.seed}" if args.seeds is None else "seeds",
     ]

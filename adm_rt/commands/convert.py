@@ -8,6 +8,7 @@ from adm_rt.commands import flags
 
 
 def add_arguments(parser):
+    parser.usage = "adm-rt convert SRC DST [options]"
     parser.description = (
         "Convert weights: a released .pt (or a folder) into a folder of config.json, "
         "model.safetensors and a sha256 manifest, or, when DST ends in .pt, into a state_dict that "

@@ -11,6 +11,7 @@ from adm_rt.commands.sample import MAX_DEFAULT_GRID, parse_classes
 
 
 def add_arguments(parser):
+    parser.usage = "adm-rt upscale --model MODEL --input FILE [options]"
     parser.description = (
         "Enlarge the images of an .npz (arr_0 uint8 [N, H, W, 3], arr_1 labels if any) with an "
         "upsampler. Without --output, samples/NAME.png (a grid) and samples/NAME.npz are written."

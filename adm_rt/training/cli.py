@@ -38,6 +38,8 @@ def add_arguments(parser):
         for field in dataclasses.fields(ModelConfig):
             if field.name not in ("kind", "in_channels", "num_classes", "class_cond"):
                 _add_field(command, field)
+        if what == "classifier":
+            command.set_defaults(num_head_channels=64)  # as published; its pooling needs a number
 
 
 def _add_field(command, field, required=False):
@@ -67,6 +69,7 @@ def run(args):
     import torch
 
     from adm_rt import models
+    from adm_rt.commands.flags import set_threads
     from adm_rt.data import GLYPH_CLASSES
     from adm_rt.diffusion import Diffusion
     from adm_rt.training.tasks import ClassifierTask, DiffusionTask, GlyphStream
@@ -79,8 +82,7 @@ def run(args):
     flags["class_cond"] = args.what == "diffusion"
     cfg = ModelConfig(**flags)
     config = TrainConfig(**{f.name: values[f.name] for f in dataclasses.fields(TrainConfig)})
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    set_threads(args.threads or None)
     torch.manual_seed(config.seed)
     model = models.build(cfg)
     diffusion = Diffusion.from_config(cfg.diffusion_config())

@@ -49,8 +49,10 @@ class TrainConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
         for name in ("warmup_steps", "cooldown_steps", "weight_decay", "grad_clip"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name}={getattr(self, name)} must be 0 or more.")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)} must be 0 or more, and finite.")
+        if not self.out or (os.path.exists(self.out) and not os.path.isdir(self.out)):
+            raise ValueError(f"out={self.out!r} must be a folder, there or to be made.")
         if not (self.lr > 0 and math.isfinite(self.lr)):
             raise ValueError(f"lr={self.lr} must be a positive number.")
         if not 0 <= self.ema_rate < 1:

@@ -109,7 +109,16 @@ def test_non_finite_gradients_stop_the_run_with_the_last_good_state(tmp_path):
 
 @pytest.mark.parametrize(
     "change",
-    [{"lr": math.nan}, {"lr": 0.0}, {"ema_rate": 1.0}, {"precision": "fp8"}, {"iterations": 0}],
+    [
+        {"lr": math.nan},
+        {"lr": 0.0},
+        {"ema_rate": 1.0},
+        {"precision": "fp8"},
+        {"iterations": 0},
+        {"weight_decay": math.inf},
+        {"out": ""},
+        {"out": __file__},
+    ],
     ids=str,
 )
 def test_bad_configuration_names_the_field(change):
@@ -131,6 +140,13 @@ def test_the_command_writes_a_model_that_loads(tmp_path, what, capsys):
     module = models.load_model(tmp_path / "run" / "final")
     assert module.cfg.num_classes == 36
     assert module.cfg.kind == what
+
+
+def test_classifiers_have_the_published_heads_by_default():
+    parser = argparse.ArgumentParser()
+    cli.add_arguments(parser)
+    args = parser.parse_args(["classifier", "--iterations", "1", "--out", "x"])
+    assert args.num_head_channels == 64
 
 
 def test_iterations_are_required(capsys):

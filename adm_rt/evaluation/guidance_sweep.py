@@ -155,7 +155,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--scales", default="0,0.5,1,2,5")
     parser.add_argument("--num-images", type=int, default=500)
     parser.add_argument("--steps", default="25")
-    parser.add_argument("--sampler", default="dpmpp_2m")
+    parser.add_argument("--sampler", default="auto", help="auto: the model's own")
     parser.add_argument("--seed", type=int, default=0, help="of the noise; the same at each scale")
     parser.add_argument("--batch-size", type=int)
     parser.add_argument("--held-out", type=int, default=DEFAULT_HELD_OUT, metavar="N")
@@ -201,6 +201,7 @@ def _run(args, scales) -> list[dict]:
             **{name: value for name, value in optional.items() if value is not None},
         )
         seconds[scale] = round(time.perf_counter() - start, 2)
+        args.sampler = result.metadata["sampler"]
         return result.images
 
     sets = _collect(sample, scales, labels)

@@ -78,7 +78,7 @@ def fake_sample(monkeypatch):
         images, labels = glyphs(
             options["num_images"], 16, seed=options["seed"], labels=options["classes"]
         )
-        return SimpleNamespace(images=images, labels=labels)
+        return SimpleNamespace(images=images, labels=labels, metadata={"sampler": "ddim"})
 
     monkeypatch.setattr(adm_rt, "sample", sample, raising=False)
     return calls

@@ -186,7 +186,7 @@ def _run(args, scales) -> list[dict]:
 
     labels = balanced_labels(args.num_images)
     optional = {"classifier": args.classifier, "batch_size": args.batch_size}
-    seconds = {}
+    seconds, samplers = {}, set()
 
     def sample(scale, classes):
         start = time.perf_counter()
@@ -201,10 +201,11 @@ def _run(args, scales) -> list[dict]:
             **{name: value for name, value in optional.items() if value is not None},
         )
         seconds[scale] = round(time.perf_counter() - start, 2)
-        args.sampler = result.metadata["sampler"]
+        samplers.add(result.metadata["sampler"])
         return result.images
 
     sets = _collect(sample, scales, labels)
+    (args.sampler,) = samplers  # what "auto" stood for
     training = {"image_size": next(iter(sets.values()))[0].shape[1]}
     if args.judge_steps is not None:
         training["steps"] = args.judge_steps

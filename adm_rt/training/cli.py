@@ -6,10 +6,49 @@ import dataclasses
 from adm_rt.models.config import ModelConfig
 
 _HELP = {
-    "iterations": "updates to make (required: training never runs without an end)",
-    "out": "folder for checkpoints, log.csv and the final model",
+    "iterations": "updates to make; training never runs without an end",
+    "out": "folder for checkpoints, log.csv and the final model; a run in it is continued",
+    "batch_size": "images of one update",
+    "lr": "learning rate of AdamW",
+    "warmup_steps": "linear rise of the learning rate at the start",
+    "cooldown_steps": "linear fall of the learning rate to zero at the end",
+    "weight_decay": "of AdamW",
+    "grad_clip": "largest norm of the gradient, 0: no limit",
+    "ema_rate": "decay of the moving average that becomes the final model",
     "precision": "float32 or bf16 (autocast, float32 master weights)",
-    "cooldown_steps": "linear decay of the learning rate to zero over the last steps",
+    "seed": "of the weights, timesteps and noise",
+    "log_interval": "updates between rows of log.csv",
+    "save_interval": "updates between checkpoints",
+    "keep": "newest checkpoints that are kept",
+}
+_SHARED = {
+    "image_size",
+    "num_channels",
+    "num_res_blocks",
+    "num_heads",
+    "num_head_channels",
+    "attention_resolutions",
+    "channel_mult",
+    "dropout",
+    "use_checkpoint",
+    "use_scale_shift_norm",
+    "resblock_updown",
+    "rescale_residual",
+    "use_new_attention_order",
+    "diffusion_steps",
+    "noise_schedule",
+    "rescale_timesteps",
+}
+_OWN = {
+    "classifier": {"pool"},
+    "diffusion": {
+        "num_heads_upsample",
+        "learn_sigma",
+        "sigma_small",
+        "predict_xstart",
+        "rescale_learned_sigmas",
+        "use_kl",
+    },
 }
 
 
@@ -18,42 +57,42 @@ def add_arguments(parser):
     from adm_rt.training.trainer import TrainConfig
 
     commands = parser.add_subparsers(dest="what", required=True, metavar="diffusion|classifier")
-    for what in ("diffusion", "classifier"):
+    for what, own in _OWN.items():
         command = commands.add_parser(
-            what,
-            help=f"train a {'noisy ' * (what == 'classifier')}{what} model",
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            what, help=f"train a {'noisy ' * (what == 'classifier')}{what} model"
         )
-        command.add_argument("--data", default="glyphs", choices=["glyphs"], help="data set")
-        command.add_argument("--data-seed", type=int, default=1, help="seed of the data stream")
-        command.add_argument("--threads", type=int, default=0, help="torch threads, 0: torch's own")
-        command.add_argument(
+        command.usage = f"{command.prog} --iterations N --out FOLDER [options]"
+        add = command.add_argument
+        add("--data", default="glyphs", choices=["glyphs"], help="data set (glyphs)")
+        add("--data-seed", type=int, default=1, help="seed of the data stream (1)")
+        add("--threads", type=int, default=0, help="torch threads (torch's own number)")
+        add(
             "--export-dtype",
             default="float16",
             choices=("float32", "float16", "bfloat16"),
-            help="dtype of the final weights",
+            help="dtype of the final weights (float16)",
         )
+        group = command.add_argument_group("training")
         for field in dataclasses.fields(TrainConfig):
-            _add_field(command, field, required=field.default is dataclasses.MISSING)
+            _add_field(group, field, required=field.default is dataclasses.MISSING)
+        group = command.add_argument_group("model and diffusion (guided-diffusion's flags)")
         for field in dataclasses.fields(ModelConfig):
-            if field.name not in ("kind", "in_channels", "num_classes", "class_cond"):
-                _add_field(command, field)
+            if field.name in _SHARED | own:
+                _add_field(group, field)
         if what == "classifier":
             command.set_defaults(num_head_channels=64)  # as published; its pooling needs a number
 
 
-def _add_field(command, field, required=False):
-    kind = type(field.default) if not required else {"int": int}.get(str(field.type), str)
-    kind = int if required and field.name == "iterations" else kind
+def _add_field(group, field, required=False):
+    name = field.name
+    kind = {"iterations": int, "out": str}[name] if required else type(field.default)
     options = {"required": True} if required else {"default": field.default}
-    if kind is bool:
-        options |= {"type": _boolean, "metavar": "BOOL"}
-    else:
-        options["type"] = kind
-    names = [f"--{field.name.replace('_', '-')}"]
-    if "_" in field.name:
-        names.append(f"--{field.name}")
-    command.add_argument(*names, dest=field.name, help=_HELP.get(field.name, "-"), **options)
+    words = _HELP.get(name, "")
+    options["help"] = words if required else f"{words} ({field.default!r})".strip()
+    options["metavar"] = {bool: "BOOL", str: "TEXT"}.get(kind, "N")
+    options["type"] = _boolean if kind is bool else kind
+    names = dict.fromkeys((f"--{name.replace('_', '-')}", f"--{name}"))
+    group.add_argument(*names, dest=name, **options)
 
 
 def _boolean(text):
@@ -87,6 +126,7 @@ def run(args):
     model = models.build(cfg)
     diffusion = Diffusion.from_config(cfg.diffusion_config())
     data = GlyphStream(cfg.image_size, config.batch_size, args.data_seed)
+    data.batch(0)  # what is wrong with the data shows before anything is written
     if args.what == "diffusion":
         task = DiffusionTask(diffusion, data, cfg.class_cond)
     else:

@@ -48,7 +48,7 @@ class TrainConfig:
         for name in ("iterations", "batch_size", "log_interval", "save_interval", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
-        for name in ("warmup_steps", "cooldown_steps", "weight_decay", "grad_clip"):
+        for name in ("warmup_steps", "cooldown_steps", "weight_decay", "grad_clip", "seed"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)} must be 0 or more, and finite.")
         if not self.out or (os.path.exists(self.out) and not os.path.isdir(self.out)):

@@ -67,7 +67,7 @@ def cuda_archs(nvcc, env=os.environ):
                     f"ADM_RT_CUDA_ARCHS={text!r}: {arch!r} is not a compute capability; "
                     "write for example 80,90 or 8.0;9.0"
                 )
-        return archs
+        return sorted(archs, key=lambda arch: int(arch.rstrip("af")))  # the newest gets PTX
     known = set(re.findall(r"compute_(\d+)", query([nvcc, "--list-gpu-arch"])[1]))
     return [arch for arch in DEFAULT_CUDA_ARCHS if arch in known] or ["80"]
 

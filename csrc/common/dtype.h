@@ -1,15 +1,11 @@
 // Element types of the tensors that the ops take. The numbers cross the Python binding as ints.
 #pragma once
 
-#include <cstdint>
-
 #include "common/check.h"
 
 namespace adm_rt {
 
 enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
-
-inline int64_t size_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 
 inline const char* name_of(DType dtype) {
   switch (dtype) {

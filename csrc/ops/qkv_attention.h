@@ -11,8 +11,7 @@
 // (running maximum and sum: Milakov & Gimelshein, "Online normalizer calculation for softmax",
 // 2018), so the scratch memory grows with length, never with its square. Every output element is
 // computed in one fixed order: results depend neither on the threads nor on the batch.
-#ifndef ADM_RT_OPS_QKV_ATTENTION_H_
-#define ADM_RT_OPS_QKV_ATTENTION_H_
+#pragma once
 
 #include <cstdint>
 
@@ -61,5 +60,3 @@ void qkv_attention_cpu(const QkvAttentionParams& params);
 void qkv_attention_backward_cpu(const QkvAttentionBackwardParams& params);
 
 }  // namespace adm_rt
-
-#endif  // ADM_RT_OPS_QKV_ATTENTION_H_

@@ -1,7 +1,6 @@
 // The per-ISA kernels of qkv_attention: what qkv_attention_cpu.cpp calls and the two
 // qkv_attention*_simd.cpp define once per instruction set. Each runs on one thread over a range.
-#ifndef ADM_RT_OPS_QKV_ATTENTION_KERNELS_H_
-#define ADM_RT_OPS_QKV_ATTENTION_KERNELS_H_
+#pragma once
 
 #include <cstdint>
 
@@ -34,5 +33,3 @@ ADM_RT_DECLARE_QKV_ATTENTION(avx512)
 #undef ADM_RT_DECLARE_QKV_ATTENTION
 
 }  // namespace adm_rt
-
-#endif  // ADM_RT_OPS_QKV_ATTENTION_KERNELS_H_

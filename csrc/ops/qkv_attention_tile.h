@@ -1,7 +1,6 @@
 // Building blocks of the qkv_attention kernels: the register-blocked product, 2^x, transposition,
 // and float32 views of one head. Included by qkv_attention*_simd.cpp alone.
-#ifndef ADM_RT_OPS_QKV_ATTENTION_TILE_H_
-#define ADM_RT_OPS_QKV_ATTENTION_TILE_H_
+#pragma once
 
 #include <math.h>
 
@@ -299,5 +298,3 @@ inline const float* as_float(const void* data, DType dtype, int64_t offset, int6
 }
 
 }  // namespace adm_rt::ADM_RT_ISA
-
-#endif  // ADM_RT_OPS_QKV_ATTENTION_TILE_H_

@@ -15,16 +15,16 @@ from torch.utils.checkpoint import checkpoint
 from adm_rt import ops
 
 
-class GroupNorm32(nn.GroupNorm):
-    """GroupNorm with 32 groups, float32 statistics, and the SiLU (and AdaGN) that follows it."""
+class FusedGroupNorm(nn.GroupNorm):
+    """GroupNorm with float32 statistics, and the AdaGN and SiLU that follow it in one op."""
 
-    def __init__(self, channels):
-        super().__init__(32, channels, eps=1e-5)
+    def __init__(self, groups, channels):
+        super().__init__(groups, channels, eps=1e-5)
 
     def forward(self, x, scale_shift=None, silu=False):
         """x [N, C, *spatial]; scale_shift [N, 2C] or None -> like x."""
         return ops.ada_group_norm(
-            x, self.weight, self.bias, scale_shift, groups=32, eps=self.eps, silu=silu
+            x, self.weight, self.bias, scale_shift, groups=self.num_groups, eps=self.eps, silu=silu
         )
 
 
@@ -85,7 +85,9 @@ class ResBlock(nn.Module):
         self.output_scale = math.sqrt(0.5) if cfg.rescale_residual else None
 
         self.in_layers = nn.Sequential(
-            GroupNorm32(channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1)
+            FusedGroupNorm(cfg.norm_groups, channels),
+            nn.SiLU(),
+            nn.Conv2d(channels, out_channels, 3, padding=1),
         )
         resamplers = {None: nn.Identity, "up": Upsample, "down": Downsample}
         arguments = () if resample is None else (channels, False)
@@ -95,7 +97,7 @@ class ResBlock(nn.Module):
             nn.Linear(embed_channels, (2 if cfg.use_scale_shift_norm else 1) * out_channels),
         )
         self.out_layers = nn.Sequential(
-            GroupNorm32(out_channels),
+            FusedGroupNorm(cfg.norm_groups, out_channels),
             nn.SiLU(),
             nn.Dropout(cfg.dropout),
             zero_module(nn.Conv2d(out_channels, out_channels, 3, padding=1)),
@@ -135,7 +137,7 @@ class AttentionBlock(nn.Module):
         self.num_heads = num_heads
         self.order = "new" if cfg.use_new_attention_order else "legacy"
         self.use_checkpoint = cfg.use_checkpoint
-        self.norm = GroupNorm32(channels)
+        self.norm = FusedGroupNorm(cfg.norm_groups, channels)
         self.qkv = nn.Conv1d(channels, 3 * channels, 1)
         self.proj_out = zero_module(nn.Conv1d(channels, channels, 1))
 

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from adm_rt.models.blocks import AttentionPool2d, Encoder, GroupNorm32, zero_module
+from adm_rt.models.blocks import AttentionPool2d, Encoder, FusedGroupNorm, zero_module
 
 
 class NoisyClassifier(Encoder):
@@ -23,10 +23,10 @@ class NoisyClassifier(Encoder):
                 cfg.num_head_channels,
                 cfg.out_channels,
             )
-            self.out = nn.Sequential(GroupNorm32(channels), nn.SiLU(), head)
+            self.out = nn.Sequential(FusedGroupNorm(cfg.norm_groups, channels), nn.SiLU(), head)
         elif cfg.pool == "adaptive":
             self.out = nn.Sequential(
-                GroupNorm32(channels),
+                FusedGroupNorm(cfg.norm_groups, channels),
                 nn.SiLU(),
                 nn.AdaptiveAvgPool2d(1),
                 zero_module(nn.Conv2d(channels, cfg.out_channels, 1)),
@@ -36,7 +36,7 @@ class NoisyClassifier(Encoder):
             features = sum(self.block_channels) + channels
             activation = [nn.ReLU()]
             if cfg.pool == "spatial_v2":
-                activation = [GroupNorm32(2048), nn.SiLU()]
+                activation = [FusedGroupNorm(cfg.norm_groups, 2048), nn.SiLU()]
             self.out = nn.Sequential(
                 nn.Linear(features, 2048), *activation, nn.Linear(2048, cfg.out_channels)
             )

@@ -70,6 +70,8 @@ class ModelConfig:
     NoisyClassifier.
     ``null_class`` adds one embedding row with index ``num_classes`` for classifier-free guidance.
     ``rescale_residual`` divides every residual sum by sqrt(2) (the paper's ablation, section 3).
+    ``norm_groups`` is GroupNorm's number of groups: 32 in every released model. A narrow model
+    wants fewer: with 2 channels a group the network barely passes on its input's amplitude.
 
     Raises ValueError (value out of range) or TypeError (wrong type), naming the flag.
     """
@@ -91,6 +93,7 @@ class ModelConfig:
     use_scale_shift_norm: bool = True
     resblock_updown: bool = False
     rescale_residual: bool = False
+    norm_groups: int = 32
     use_fp16: bool = False
     use_new_attention_order: bool = False
     in_channels: int = 3
@@ -115,6 +118,7 @@ class ModelConfig:
         self._check_range("num_res_blocks", 1, _MAX_RES_BLOCKS)
         self._check_range("num_classes", 1, _MAX_CLASSES)
         self._check_range("in_channels", 1, 64)
+        self._check_range("norm_groups", 1, 2048)
         self._check_range("diffusion_steps", 1, 1 << 20)
         self._check_choice("noise_schedule", NOISE_SCHEDULES)
         self._check_choice("pool", POOLS)
@@ -183,11 +187,11 @@ class ModelConfig:
             )
         widths = self.level_channels
         for level, width in enumerate(widths):
-            if width < 32 or width % 32:
+            if width < self.norm_groups or width % self.norm_groups:
                 raise ValueError(
                     f"num_channels={self.num_channels} with channel_mult={_join(mult)!r} gives "
-                    f"{width} channels at level {level}; every level needs a multiple of 32 "
-                    "(GroupNorm has 32 groups)."
+                    f"{width} channels at level {level}; every level needs a multiple of "
+                    f"norm_groups={self.norm_groups}."
                 )
         for name in ("num_head_channels", "num_heads", "num_heads_upsample"):
             value = getattr(self, name)

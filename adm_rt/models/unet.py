@@ -8,7 +8,7 @@ from adm_rt.models.blocks import (
     AttentionBlock,
     ConditionedSequential,
     Encoder,
-    GroupNorm32,
+    FusedGroupNorm,
     ResBlock,
     Upsample,
     zero_module,
@@ -49,7 +49,7 @@ class UNet(Encoder):
                 blocks.append(ConditionedSequential(*layers))
         self.output_blocks = nn.ModuleList(blocks)
         self.out = nn.Sequential(
-            GroupNorm32(channels),
+            FusedGroupNorm(cfg.norm_groups, channels),
             nn.SiLU(),
             zero_module(nn.Conv2d(channels, cfg.out_channels, 3, padding=1)),
         )

@@ -22,6 +22,7 @@ _HELP = {
     "keep": "newest checkpoints that are kept",
 }
 _SHARED = {
+    "norm_groups",
     "image_size",
     "num_channels",
     "num_res_blocks",

@@ -115,7 +115,7 @@ BAD = [
     ({"image_size": 36, "channel_mult": "1,2,2,2"}, ["image_size=36", "multiple of 8"]),
     ({"image_size": "64"}, ["image_size='64'", "integer"]),
     ({"image_size": True}, ["image_size=True"]),
-    ({"num_channels": 100}, ["num_channels=100", "multiple of 32"]),
+    ({"num_channels": 100}, ["num_channels=100", "multiple of norm_groups=32"]),
     ({"num_channels": 10**9}, ["num_channels=1000000000"]),
     ({"num_res_blocks": 0}, ["num_res_blocks=0"]),
     ({"num_heads": 3}, ["num_heads=3", "512 channels"]),

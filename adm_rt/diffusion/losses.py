@@ -59,12 +59,34 @@ def vb_terms_bpd(diffusion: Diffusion, model_output, x0, x_t, t):
     KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) for t > 0, and -log p(x_0 | x_1) of the
     discretised Gaussian at t = 0. The predicted x_0 is not clipped.
     """
-    true_mean, true_log_variance = gaussian.q_posterior(diffusion, x0, x_t, t)
     mean, log_variance, _ = gaussian.p_mean_variance(diffusion, model_output, x_t, t, clip=False)
+    return _bound_bpd(diffusion, mean, log_variance, x0, x_t, t)
+
+
+def _bound_bpd(diffusion, mean, log_variance, x0, x_t, t):
+    """The term of p(x_{t-1} | x_t) = N(mean, exp(log_variance)), [N], in bits per dimension."""
+    true_mean, true_log_variance = gaussian.q_posterior(diffusion, x0, x_t, t)
     kl = normal_kl(true_mean, true_log_variance, mean, log_variance)
     nll = -discretized_gaussian_log_likelihood(x0, mean, 0.5 * log_variance)
     bits = torch.where((t == 0).view(-1, *[1] * (x0.ndim - 1)), nll, kl)
     return bits.flatten(1).mean(1) / math.log(2.0)
+
+
+def evaluation_terms(diffusion: Diffusion, model_output, x0, x_t, t, noise, clip: bool = True):
+    """What an evaluation of the bound reports at positions ``t``: dict of [N] tensors.
+
+    ``vb``: the term in bits per dimension, with ``clip`` its x_0 clipped to [-1, 1] as in sampling;
+    ``xstart_mse``: squared error of the predicted x_0; ``mse``: that of the noise which this x_0
+    stands for. Arguments as in :func:`training_losses`.
+    """
+    out = model_output.to(x0.dtype)
+    mean, log_variance, predicted = gaussian.p_mean_variance(diffusion, out, x_t, t, clip=clip)
+    eps = gaussian.predict_eps_from_xstart(diffusion, x_t, t, predicted)
+    return {
+        "vb": _bound_bpd(diffusion, mean, log_variance, x0, x_t, t),
+        "xstart_mse": (predicted - x0).square().flatten(1).mean(1),
+        "mse": (eps - noise).square().flatten(1).mean(1),
+    }
 
 
 def prior_bpd(diffusion: Diffusion, x0):

@@ -109,27 +109,90 @@ def test_hybrid_loss(target, respacing):
     assert (mean_gradient[:, 3:] == 0).all() and (gradient[:, 3:] != 0).any(dim=1).all()
 
 
+# name: (flags or loss_type, the published combination of mse and vb for a process of 50 steps)
+OBJECTIVES = {
+    "rescaled_mse": ({"rescale_learned_sigmas": True}, lambda mse, vb: mse + vb * 50 / 1000),
+    "rescaled_kl": ({"use_kl": True}, lambda mse, vb: vb * 50),
+    "kl": ({}, lambda mse, vb: vb),
+}
+
+
 @pytest.mark.parametrize("target", TARGETS, ids=["eps", "xstart", "previous_x"])
-def test_other_objectives(target):
-    flags = {"timestep_respacing": "50", **target}
-    x0, x_t, t, noise, out = batch(Diffusion(**flags))
-    mse, vb = by_hand(Diffusion(**flags), out.detach(), x0, x_t, t, noise)
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_other_objectives(name, target):
+    more, formula = OBJECTIVES[name]
+    diffusion = Diffusion(timestep_respacing="50", **target, **more)
+    x0, x_t, t, noise, out = batch(diffusion)
+    loss_type = "kl" if name == "kl" else None  # no flag of the published code chooses it
+    assert name == "kl" or diffusion.loss_type == name
+    got = losses.training_losses(diffusion, out, x0, x_t, t, noise, loss_type)
+    mse, vb = by_hand(diffusion, out.detach(), x0, x_t, t, noise)
+    np.testing.assert_allclose(got["loss"].detach(), formula(mse, vb), rtol=1e-6)
+    (gradient,) = torch.autograd.grad(got["loss"].sum(), out)
+    if name == "rescaled_mse":  # the bound trains the variances only
+        expected = 2 * (out[:, :3] - target_of(diffusion, x0, x_t, t, noise)) / 12
+        torch.testing.assert_close(gradient[:, :3], expected)
+    else:  # the bound alone trains the mean, too
+        assert (gradient[:, :3] != 0).any(dim=1).all()
 
-    def loss(loss_type=None, **more):
-        diffusion = Diffusion(**flags, **more)
-        return losses.training_losses(diffusion, out, x0, x_t, t, noise, loss_type)["loss"]
 
-    rescaled = loss(rescale_learned_sigmas=True)
-    np.testing.assert_allclose(rescaled.detach(), mse + vb * 50 / 1000, rtol=1e-6)
-    scaled_kl = loss(use_kl=True)
-    np.testing.assert_allclose(scaled_kl.detach(), vb * 50, rtol=1e-6)
-    plain_kl = loss("kl")
-    np.testing.assert_allclose(plain_kl.detach(), vb, rtol=1e-6)
-    # The bound alone trains the mean, too.
-    (gradient,) = torch.autograd.grad(plain_kl.sum(), out)
-    assert (gradient[:, :3] != 0).any(dim=1).all()
+def target_of(diffusion, x0, x_t, t, noise):
+    """What the first three channels should be."""
+    if diffusion.predict_xstart:
+        return x0
+    if not diffusion.predict_previous:
+        return noise
+    rows = [getattr(diffusion, f"posterior_mean_coef{k}")[t].reshape(-1, 1, 1, 1) for k in (1, 2)]
+    return torch.from_numpy(rows[0]) * x0 + torch.from_numpy(rows[1]) * x_t
+
+
+def test_unknown_objective_is_named():
+    diffusion = Diffusion()
+    x0, x_t, t, noise, out = batch(diffusion)
     with pytest.raises(ValueError, match="loss_type='mes'"):
-        loss("mes")
+        losses.training_losses(diffusion, out, x0, x_t, t, noise, "mes")
+
+
+@pytest.mark.parametrize("clip", [True, False])
+def test_evaluation_terms(clip):
+    diffusion = Diffusion(timestep_respacing="100")
+    x0, x_t, t, noise, out = batch(diffusion)
+    out = out.detach()
+    out[1, :3] *= 30  # a prediction far outside [-1, 1]
+    got = losses.evaluation_terms(diffusion, out, x0, x_t, t, noise, clip)
+    abar = torch.from_numpy(diffusion.alphas_cumprod.copy())[t].reshape(-1, 1, 1, 1)
+    clean = (x_t - (1 - abar).sqrt() * out[:, :3]) / abar.sqrt()
+    assert clean[1].abs().max() > 1.2
+    if clip:
+        clean = clean.clamp(-1, 1)
+    eps = (x_t - abar.sqrt() * clean) / (1 - abar).sqrt()
+    torch.testing.assert_close(
+        got["xstart_mse"], ((clean - x0) ** 2).mean((1, 2, 3)), rtol=1e-7, atol=0
+    )
+    torch.testing.assert_close(got["mse"], ((eps - noise) ** 2).mean((1, 2, 3)), rtol=1e-7, atol=0)
+    as_network = torch.cat([eps, out[:, 3:]], dim=1)  # the network that would predict this x0
+    _, vb = by_hand(diffusion, as_network, x0, x_t, t, noise)
+    np.testing.assert_allclose(got["vb"], vb, rtol=1e-6)
+
+
+def test_training_losses_in_a_loop_of_ones_own():
+    """No trainer, no task: any network, any optimiser, a process of one's own."""
+    torch.manual_seed(0)
+    diffusion = Diffusion(noise_schedule="cosine", timestep_respacing="100")
+    network = torch.nn.Conv2d(3, 6, 3, padding=1)
+    optimiser = torch.optim.Adam(network.parameters(), lr=0.02)
+    x0 = torch.rand(8, 3, 4, 4) * 2 - 1
+    first, last = [], []
+    for step in range(40):
+        t = torch.randint(diffusion.num_timesteps, (8,))
+        noise = torch.randn_like(x0)
+        x_t = losses.q_sample(diffusion, x0, t, noise)
+        terms = losses.training_losses(diffusion, network(x_t), x0, x_t, t, noise)
+        optimiser.zero_grad()
+        terms["loss"].mean().backward()
+        optimiser.step()
+        (first if step < 10 else last).append(terms["mse"].mean().item())
+    assert np.mean(last[-10:]) < 0.7 * np.mean(first)
 
 
 @pytest.mark.parametrize("sigma_small", [False, True])

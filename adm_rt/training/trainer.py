@@ -19,6 +19,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
+from adm_rt.training import schedule_samplers
+from adm_rt.training.randomness import StepRandom
+
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
@@ -85,6 +88,7 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(
             self.parameters.values(), lr=config.lr, weight_decay=config.weight_decay
         )
+        self.schedule_sampler = schedule_samplers.create("uniform", task.diffusion.num_timesteps)
         self.step = 0
         self.seconds = 0.0
 
@@ -141,10 +145,14 @@ class Trainer:
         autocast = contextlib.nullcontext()
         if config.precision == "bf16":
             autocast = torch.autocast("cpu", torch.bfloat16)
+        batch = self.task.batch(self.step)
+        random = StepRandom(config.seed, self.step, batch.first, len(batch))
         with autocast:
-            losses = self.task.losses(self.model, self.step)
+            losses = self.task.losses(self.model, batch, random, self.schedule_sampler)
+        losses.pop("t")
+        weight = losses.pop("weight", torch.ones(len(batch)))
         self.optimizer.zero_grad(set_to_none=True)
-        losses["loss"].mean().backward()
+        (losses["loss"] * weight).mean().backward()
         norm = torch.nn.utils.clip_grad_norm_(
             self.parameters.values(), config.grad_clip or math.inf
         )

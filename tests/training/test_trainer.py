@@ -96,9 +96,9 @@ def test_non_finite_gradients_stop_the_run_with_the_last_good_state(tmp_path):
     trainer = make_trainer(tmp_path, iterations=60, save_interval=2)
     losses = trainer.task.losses
 
-    def poisoned(model, step):
-        result = losses(model, step)
-        return {"loss": result["loss"] * math.nan} if step >= 4 else result
+    def poisoned(model, batch, random, sampler):
+        result = losses(model, batch, random, sampler)
+        return {**result, "loss": result["loss"] * math.nan} if random.step >= 4 else result
 
     trainer.task.losses = poisoned
     with pytest.raises(FloatingPointError, match="20 updates in a row"):

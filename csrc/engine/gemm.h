@@ -1,0 +1,43 @@
+// C = A B, float32, for one thread: the product inside every linear and convolution of the engine.
+//
+// B is packed once into panels [ceil(n / width)][k][width] with zeros behind column n; the width of
+// a panel belongs to the instruction set. A and C are plain row-major matrices.
+//
+// An element of C is the same sequence of operations whatever m, n and its own position are: k is
+// cut into equal blocks of at most kGemmDepth, each block is one chain of fused multiply-adds in
+// the order of k, and the blocks are added in order. So callers may cut m and n as they like.
+#pragma once
+
+#include <cstdint>
+
+namespace adm_rt {
+
+// Products per chain. Shorter chains lose less to rounding; longer ones touch C less often.
+constexpr int64_t kGemmDepth = 256;
+
+// Floats that gemm_pack writes. Start every packed matrix on a 64-byte boundary.
+inline int64_t gemm_packed_floats(int64_t n, int64_t k, int64_t panel_width) {
+  return (n + panel_width - 1) / panel_width * panel_width * k;
+}
+
+// Packs B for panels of `panel_width` columns. B[kk][j] is weights[j * ldb + kk] (the published
+// layout of a linear layer, [n, k]), or weights[kk * ldb + j] when `transposed`.
+void gemm_pack(const float* weights, int64_t n, int64_t k, int64_t ldb, bool transposed,
+               int64_t panel_width, float* packed);
+
+#define ADM_RT_DECLARE_GEMM(ISA)                                                                 \
+  namespace ISA {                                                                                \
+  /* Columns per panel of packed B, a multiple of 16. */                                         \
+  int64_t gemm_panel_width();                                                                    \
+  /* Rows of A that one microkernel takes: cut m into multiples of this. */                      \
+  int64_t gemm_row_block();                                                                      \
+  /* c[i][j] = sum_k a[i][k] * B[k][j], added to c when `accumulate`; lda, ldc >= the width. */  \
+  void gemm(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const float* packed_b, \
+            float* c, int64_t ldc, bool accumulate);                                             \
+  }
+ADM_RT_DECLARE_GEMM(portable)
+ADM_RT_DECLARE_GEMM(avx2)
+ADM_RT_DECLARE_GEMM(avx512)
+#undef ADM_RT_DECLARE_GEMM
+
+}  // namespace adm_rt

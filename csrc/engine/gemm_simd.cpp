@@ -1,0 +1,175 @@
+// The microkernels of gemm.h. A tile of C of kMaxRows x 2 vectors stays in registers while k runs;
+// per step two vectors of B are loaded and each is multiplied by one broadcast element of every
+// row.
+//
+// The accumulators are named variables: gcc stores the elements of an array back in every step.
+#include <cstdint>
+
+#include "common/simd.h"
+#include "engine/gemm.h"
+
+namespace adm_rt::ADM_RT_ISA {
+namespace {
+
+#if ADM_RT_ISA_LEVEL == 2
+constexpr int kMaxRows = 12;
+#elif ADM_RT_ISA_LEVEL == 1
+constexpr int kMaxRows = 6;
+#else
+constexpr int kMaxRows = 2;
+#endif
+constexpr int kVecs = 2;
+constexpr int64_t kPanel = kVecs * Vec::kWidth;
+constexpr int64_t kLine = 16;  // floats per cache line
+
+struct Tile {
+  int64_t depth;   // steps
+  const float* a;  // the first of the rows
+  int64_t lda;
+  const float* b;
+  const float* next_a;  // the rows of the following tile, prefetched on the way
+  const float* next_b;  // the part of the following panel that this tile has to prefetch
+  int64_t next_b_step;  // floats of it per step
+  float* c;
+  int64_t ldc;
+  int64_t columns;  // of C, <= kPanel
+  bool accumulate;
+};
+
+inline void write(Vec sum, float* c, int64_t columns, bool accumulate) {
+  if (columns >= Vec::kWidth) {
+    (accumulate ? Vec::loadu(c) + sum : sum).storeu(c);
+  } else if (columns > 0) {
+    const int n = static_cast<int>(columns);
+    (accumulate ? Vec::load_partial(c, n) + sum : sum).store_partial(c, n);
+  }
+}
+
+// One vector per row when the panel's second half is empty.
+template <int kRows, int kColumns>
+void compute(const Tile& t) {
+  const int64_t lda = t.lda;
+  const float* b = t.b;
+  const float* next_b = t.next_b;
+#define ADM_RT_FOR_ROWS(DO) \
+  DO(0) DO(1) DO(2) DO(3) DO(4) DO(5) DO(6) DO(7) DO(8) DO(9) DO(10) DO(11)
+#define ADM_RT_START(i)                                                 \
+  [[maybe_unused]] const float* a##i = t.a + (i < kRows ? i : 0) * lda; \
+  [[maybe_unused]] Vec c##i##0 = Vec::zero();                           \
+  [[maybe_unused]] Vec c##i##1 = Vec::zero();
+#define ADM_RT_STEP(i)                                             \
+  if constexpr (i < kRows) {                                       \
+    const Vec x = Vec::set1(a##i[k]);                              \
+    c##i##0 = mul_add(x, b0, c##i##0);                             \
+    if constexpr (kColumns > 1) c##i##1 = mul_add(x, b1, c##i##1); \
+  }
+#define ADM_RT_PREFETCH(i) \
+  if constexpr (i < kRows) __builtin_prefetch(t.next_a + i * lda + k0);
+#define ADM_RT_WRITE(i)                                                                     \
+  if constexpr (i < kRows) {                                                                \
+    write(c##i##0, t.c + i * t.ldc, t.columns, t.accumulate);                               \
+    if constexpr (kColumns > 1) {                                                           \
+      write(c##i##1, t.c + i * t.ldc + Vec::kWidth, t.columns - Vec::kWidth, t.accumulate); \
+    }                                                                                       \
+  }
+
+  ADM_RT_FOR_ROWS(ADM_RT_START)
+  for (int64_t k0 = 0; k0 < t.depth; k0 += kLine) {
+    ADM_RT_FOR_ROWS(ADM_RT_PREFETCH)
+    const int64_t end = k0 + kLine < t.depth ? k0 + kLine : t.depth;
+#pragma GCC unroll 4
+    for (int64_t k = k0; k < end; ++k) {
+      const Vec b0 = Vec::load(b);
+      [[maybe_unused]] const Vec b1 = Vec::load(b + (kColumns > 1 ? Vec::kWidth : 0));
+      __builtin_prefetch(next_b);
+      if constexpr (kPanel > kLine) __builtin_prefetch(next_b + kLine);
+      b += kPanel;
+      next_b += t.next_b_step;
+      ADM_RT_FOR_ROWS(ADM_RT_STEP)
+    }
+  }
+  ADM_RT_FOR_ROWS(ADM_RT_WRITE)
+#undef ADM_RT_FOR_ROWS
+#undef ADM_RT_START
+#undef ADM_RT_STEP
+#undef ADM_RT_PREFETCH
+#undef ADM_RT_WRITE
+}
+
+template <int kColumns>
+void compute_rows(int64_t rows, const Tile& t) {
+  switch (rows) {
+    case 1:
+      return compute<1, kColumns>(t);
+    case 2:
+      return compute<2, kColumns>(t);
+#if ADM_RT_ISA_LEVEL >= 1
+    case 3:
+      return compute<3, kColumns>(t);
+    case 4:
+      return compute<4, kColumns>(t);
+    case 5:
+      return compute<5, kColumns>(t);
+    case 6:
+      return compute<6, kColumns>(t);
+#endif
+#if ADM_RT_ISA_LEVEL >= 2
+    case 7:
+      return compute<7, kColumns>(t);
+    case 8:
+      return compute<8, kColumns>(t);
+    case 9:
+      return compute<9, kColumns>(t);
+    case 10:
+      return compute<10, kColumns>(t);
+    case 11:
+      return compute<11, kColumns>(t);
+    case 12:
+      return compute<12, kColumns>(t);
+#endif
+  }
+}
+
+}  // namespace
+
+int64_t gemm_panel_width() { return kPanel; }
+int64_t gemm_row_block() { return kMaxRows; }
+
+void gemm(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const float* packed_b,
+          float* c, int64_t ldc, bool accumulate) {
+  if (m <= 0 || n <= 0) return;
+  // Tiles of nearly equal height: a last tile of one row would run at a fraction of the speed.
+  const int64_t tiles = (m + kMaxRows - 1) / kMaxRows;
+  const int64_t depths = k > 0 ? (k + kGemmDepth - 1) / kGemmDepth : 1;
+  const int64_t depth = (k + depths - 1) / depths;
+  Tile t;
+  t.lda = lda;
+  t.ldc = ldc;
+  for (int64_t column = 0; column < n; column += kPanel, packed_b += k * kPanel) {
+    t.columns = n - column < kPanel ? n - column : kPanel;
+    for (int64_t k0 = 0; k0 == 0 || k0 < k; k0 += depth) {
+      t.depth = k - k0 < depth ? k - k0 : depth;
+      t.b = packed_b + k0 * kPanel;
+      t.accumulate = accumulate || k0 > 0;
+      t.next_b_step = kPanel / tiles;
+      t.next_b = t.b + t.depth * kPanel;
+      int64_t row = 0;
+      for (int64_t tile = 0; tile < tiles; ++tile) {
+        const int64_t end = m * (tile + 1) / tiles;
+        t.a = a + row * lda + k0;
+        // Behind the last rows: the first ones again, for the next block of k or the next panel.
+        t.next_a = tile + 1 < tiles ? a + end * lda + k0 : a;
+        t.c = c + row * ldc + column;
+        if (t.columns > Vec::kWidth) {
+          compute_rows<2>(end - row, t);
+        } else {
+          compute_rows<1>(end - row, t);
+        }
+        t.next_b += t.next_b_step * t.depth;
+        row = end;
+      }
+    }
+  }
+}
+
+}  // namespace adm_rt::ADM_RT_ISA

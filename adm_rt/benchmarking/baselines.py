@@ -22,12 +22,15 @@ def qkv_attention(qkv, num_heads, order):
     """Two einsums around a softmax in float32, over all positions."""
     n, width, length = qkv.shape
     d = width // (3 * num_heads)
+    scale = d**-0.25
     if order == "legacy":
         q, k, v = qkv.reshape(n * num_heads, 3 * d, length).split(d, dim=1)
+        q, k = q * scale, k * scale
     else:
-        q, k, v = (part.reshape(n * num_heads, d, length) for part in qkv.chunk(3, dim=1))
-    scale = d**-0.25
-    weight = torch.einsum("bct,bcs->bts", q * scale, k * scale)
+        q, k, v = qkv.chunk(3, dim=1)
+        q, k = ((part * scale).reshape(n * num_heads, d, length) for part in (q, k))
+        v = v.reshape(n * num_heads, d, length)
+    weight = torch.einsum("bct,bcs->bts", q, k)
     weight = torch.softmax(weight.float(), dim=-1).type(weight.dtype)
     return torch.einsum("bts,bcs->bct", weight, v).reshape(n, -1, length)
 

@@ -15,3 +15,7 @@ class NonFiniteError(RuntimeError):
 
 class SamplingInterrupted(KeyboardInterrupt):
     """Ctrl-C arrived during sampling; nothing half-written is left behind."""
+
+
+class DataError(ValueError):
+    """An image or a data set is missing, damaged, or not of the kind that was asked for."""

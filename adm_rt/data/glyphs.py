@@ -10,11 +10,12 @@ located but never imported.
 from __future__ import annotations
 
 import importlib.util
-import operator
 from pathlib import Path
 
 import numpy as np
 
+from adm_rt.data.arguments import check_integer
+from adm_rt.data.keyed_random import GLYPH_DRAWS, GLYPH_LABELS, uniform
 from adm_rt.errors import MissingExtraError
 
 GLYPH_CLASSES = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -88,10 +89,10 @@ def glyphs(
     Held-out data are another seed. ValueError and TypeError name the bad argument;
     MissingExtraError when the fonts are not there.
     """
-    num_images = _integer("num_images", num_images, 1, 2**40)
-    image_size = _integer("image_size", image_size, MIN_IMAGE_SIZE, MAX_IMAGE_SIZE)
-    seed = _integer("seed", seed, 0, 2**63 - 1)
-    first = _integer("first", first, 0, 2**63 - 1 - num_images)
+    num_images = check_integer("num_images", num_images, 1, 2**40)
+    image_size = check_integer("image_size", image_size, MIN_IMAGE_SIZE, MAX_IMAGE_SIZE)
+    seed = check_integer("seed", seed, 0, 2**63 - 1)
+    first = check_integer("first", first, 0, 2**63 - 1 - num_images)
     if labels is not None:
         labels = _check_labels(labels, num_images)
     bank = _mask_bank(image_size)
@@ -102,11 +103,11 @@ def glyphs(
         rows = slice(start, min(start + chunk, num_images))
         index = np.arange(first + rows.start, first + rows.stop, dtype=np.uint64)
         if labels is None:
-            drawn = _uniform(seed, index, 1, purpose=1)[:, 0] * len(GLYPH_CLASSES)
+            drawn = uniform(seed, index, 1, GLYPH_LABELS)[:, 0] * len(GLYPH_CLASSES)
             all_labels[rows] = drawn.astype(np.int64)
         else:
             all_labels[rows] = labels[rows]
-        draws = _uniform(seed, index, _NUM_DRAWS, purpose=0)
+        draws = uniform(seed, index, _NUM_DRAWS, GLYPH_DRAWS)
         images[rows] = _draw(bank, all_labels[rows], draws)
     return images, all_labels
 
@@ -268,32 +269,6 @@ def _ramp(angle: np.ndarray, size: int) -> np.ndarray:
     x = ((np.cos(angle) / reach)[:, None] * along).astype(np.float32)
     y = ((np.sin(angle) / reach)[:, None] * along + 0.5).astype(np.float32)
     return x[:, None, :] + y[:, :, None]
-
-
-def _uniform(seed: int, index: np.ndarray, count: int, purpose: int) -> np.ndarray:
-    """float64 [N, count] in [0, 1) from (seed, index[n], k, purpose): SplitMix64 (Steele 2014)."""
-    key = _mix(np.array([seed], np.uint64))
-    stream = _mix(key + _mix(index) + np.uint64(purpose))[:, None]
-    golden = np.uint64(0x9E3779B97F4A7C15)
-    words = _mix(stream + golden * np.arange(1, count + 1, dtype=np.uint64))
-    return (words >> np.uint64(11)) * 2.0**-53
-
-
-def _mix(z: np.ndarray) -> np.ndarray:
-    z = z + np.uint64(0x9E3779B97F4A7C15)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
-
-
-def _integer(name: str, value, low: int, high: int) -> int:
-    try:
-        number = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name} must be an integer, got {value!r}") from None
-    if isinstance(value, (bool, np.bool_)) or not low <= number <= high:
-        raise ValueError(f"{name} must be an integer from {low} to {high}, got {value!r}")
-    return number
 
 
 def _check_labels(labels, num_images: int) -> np.ndarray:

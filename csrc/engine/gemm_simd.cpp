@@ -21,6 +21,8 @@ constexpr int kMaxRows = 2;
 constexpr int kVecs = 2;
 constexpr int64_t kPanel = kVecs * Vec::kWidth;
 constexpr int64_t kLine = 16;  // floats per cache line
+// Where the next panel is fetched to: two wide panels do not fit the first-level cache.
+constexpr int kNextLevel = kPanel > kLine ? 2 : 3;
 
 struct Tile {
   int64_t depth;   // steps
@@ -81,8 +83,8 @@ void compute(const Tile& t) {
     for (int64_t k = k0; k < end; ++k) {
       const Vec b0 = Vec::load(b);
       [[maybe_unused]] const Vec b1 = Vec::load(b + (kColumns > 1 ? Vec::kWidth : 0));
-      __builtin_prefetch(next_b);
-      if constexpr (kPanel > kLine) __builtin_prefetch(next_b + kLine);
+      __builtin_prefetch(next_b, 0, kNextLevel);
+      if constexpr (kPanel > kLine) __builtin_prefetch(next_b + kLine, 0, kNextLevel);
       b += kPanel;
       next_b += t.next_b_step;
       ADM_RT_FOR_ROWS(ADM_RT_STEP)
@@ -151,8 +153,10 @@ void gemm(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const fl
       t.depth = k - k0 < depth ? k - k0 : depth;
       t.b = packed_b + k0 * kPanel;
       t.accumulate = accumulate || k0 > 0;
-      t.next_b_step = kPanel / tiles;
-      t.next_b = t.b + t.depth * kPanel;
+      // Each tile fetches its share of the next panel. A single tile leaves that to the hardware,
+      // which streams better alone.
+      t.next_b_step = tiles > 1 ? kPanel / tiles : 0;
+      t.next_b = tiles > 1 ? t.b + t.depth * kPanel : t.b;
       int64_t row = 0;
       for (int64_t tile = 0; tile < tiles; ++tile) {
         const int64_t end = m * (tile + 1) / tiles;

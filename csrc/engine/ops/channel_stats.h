@@ -11,12 +11,11 @@ namespace adm_rt::engine {
 
 // Throws std::invalid_argument, naming the op, unless `stats` is 1x2x(channels
 // of y).
-void check_stats_shape(const OpArguments &arguments, const Shape &stats,
-                       const Shape &y);
+void check_stats_shape(const OpArguments& arguments, const Shape& stats, const Shape& y);
 
 // y [batch, pixels, channels] -> stats [batch, 2, channels]. Reads y once, on
 // all threads.
-void write_channel_stats(const float *y, int64_t batch, int64_t pixels,
-                         int64_t channels, float *stats);
+void write_channel_stats(const float* y, int64_t batch, int64_t pixels, int64_t channels,
+                         float* stats);
 
-} // namespace adm_rt::engine
+}  // namespace adm_rt::engine

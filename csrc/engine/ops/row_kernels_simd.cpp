@@ -1,10 +1,9 @@
 // Kernels of row_kernels.h for one instruction set (compiled once per ISA; see
 // common/simd.h).
-#include "engine/ops/row_kernels.h"
-
 #include <cstdint>
 
 #include "common/simd.h"
+#include "engine/ops/row_kernels.h"
 
 namespace adm_rt::ADM_RT_ISA {
 namespace {
@@ -15,44 +14,39 @@ constexpr int64_t kWidth = Vec::kWidth;
 constexpr int64_t kBlockRows = 128;
 
 // Whole vectors take the plain instructions: masked ones are slow on some CPUs.
-inline Vec load_up_to(const float *p, int64_t n) {
-  return n >= kWidth ? Vec::loadu(p)
-                     : Vec::load_partial(p, static_cast<int>(n));
+inline Vec load_up_to(const float* p, int64_t n) {
+  return n >= kWidth ? Vec::loadu(p) : Vec::load_partial(p, static_cast<int>(n));
 }
-inline void store_up_to(Vec v, float *p, int64_t n) {
+inline void store_up_to(Vec v, float* p, int64_t n) {
   n >= kWidth ? v.storeu(p) : v.store_partial(p, static_cast<int>(n));
 }
 
-template <RowActivation kActivation> inline Vec activate(Vec v) {
-  if constexpr (kActivation == RowActivation::kSilu)
-    return silu(v);
-  if constexpr (kActivation == RowActivation::kRelu)
-    return max(Vec::zero(), v); // NaN stays
+template <RowActivation kActivation>
+inline Vec activate(Vec v) {
+  if constexpr (kActivation == RowActivation::kSilu) return silu(v);
+  if constexpr (kActivation == RowActivation::kRelu) return max(Vec::zero(), v);  // NaN stays
   return v;
 }
 
 template <RowActivation kActivation>
-void activate_all(int64_t rows, int64_t channels, const float *x, int64_t ldx,
-                  const float *a, const float *b, float *y, int64_t ldy) {
+void activate_all(int64_t rows, int64_t channels, const float* x, int64_t ldx, const float* a,
+                  const float* b, float* y, int64_t ldy) {
   for (int64_t r = 0; r < rows; ++r, x += ldx, y += ldy) {
     if (a == nullptr) {
       for (int64_t c = 0; c < channels; c += kWidth) {
-        store_up_to(activate<kActivation>(load_up_to(x + c, channels - c)),
-                    y + c, channels - c);
+        store_up_to(activate<kActivation>(load_up_to(x + c, channels - c)), y + c, channels - c);
       }
       continue;
     }
     int64_t c = 0;
     for (; c + kWidth <= channels; c += kWidth) {
-      const Vec v =
-          fma(Vec::loadu(a + c), Vec::loadu(x + c), Vec::loadu(b + c));
+      const Vec v = fma(Vec::loadu(a + c), Vec::loadu(x + c), Vec::loadu(b + c));
       activate<kActivation>(v).storeu(y + c);
     }
     if (c < channels) {
       const int n = static_cast<int>(channels - c);
-      const Vec v =
-          fma(Vec::load_partial(a + c, n), Vec::load_partial(x + c, n),
-              Vec::load_partial(b + c, n));
+      const Vec v = fma(Vec::load_partial(a + c, n), Vec::load_partial(x + c, n),
+                        Vec::load_partial(b + c, n));
       activate<kActivation>(v).store_partial(y + c, n);
     }
   }
@@ -67,18 +61,15 @@ struct BlockSums {
 
 // Channels [c, c + kVecs * width) of a block.
 template <int kVecs>
-void sum_block(int64_t rows, const float *x, int64_t ldx, int64_t c,
-               BlockSums *sums) {
+void sum_block(int64_t rows, const float* x, int64_t ldx, int64_t c, BlockSums* sums) {
   static_assert(kVecs == 1 || kVecs == 2);
-  const Vec pilot0 = Vec::loadu(x + c),
-            pilot1 = Vec::loadu(x + c + (kVecs - 1) * kWidth);
+  const Vec pilot0 = Vec::loadu(x + c), pilot1 = Vec::loadu(x + c + (kVecs - 1) * kWidth);
   Vec sum00 = Vec::zero(), sum01 = sum00, sum10 = sum00, sum11 = sum00;
   Vec square00 = sum00, square01 = sum00, square10 = sum00, square11 = sum00;
-  const float *row = x + c;
+  const float* row = x + c;
   int64_t r = 0;
   for (; r + 2 <= rows; r += 2, row += 2 * ldx) {
-    const Vec d00 = Vec::loadu(row) - pilot0,
-              d10 = Vec::loadu(row + ldx) - pilot0;
+    const Vec d00 = Vec::loadu(row) - pilot0, d10 = Vec::loadu(row + ldx) - pilot0;
     sum00 = sum00 + d00;
     sum10 = sum10 + d10;
     square00 = fma(d00, d00, square00);
@@ -111,8 +102,8 @@ void sum_block(int64_t rows, const float *x, int64_t ldx, int64_t c,
 }
 
 // The last channels, fewer than a vector; the same additions as above.
-void sum_block_tail(int64_t rows, int64_t channels, const float *x, int64_t ldx,
-                    int64_t c, BlockSums *sums) {
+void sum_block_tail(int64_t rows, int64_t channels, const float* x, int64_t ldx, int64_t c,
+                    BlockSums* sums) {
   for (; c < channels; ++c) {
     float sum[2] = {}, square[2] = {};
     for (int64_t r = 0; r < rows; ++r) {
@@ -125,62 +116,51 @@ void sum_block_tail(int64_t rows, int64_t channels, const float *x, int64_t ldx,
   }
 }
 
-} // namespace
+}  // namespace
 
-void activate_rows(int64_t rows, int64_t channels, const float *x, int64_t ldx,
-                   const float *a, const float *b, RowActivation activation,
-                   float *y, int64_t ldy) {
+void activate_rows(int64_t rows, int64_t channels, const float* x, int64_t ldx, const float* a,
+                   const float* b, RowActivation activation, float* y, int64_t ldy) {
   switch (activation) {
-  case RowActivation::kNone:
-    return activate_all<RowActivation::kNone>(rows, channels, x, ldx, a, b, y,
-                                              ldy);
-  case RowActivation::kSilu:
-    return activate_all<RowActivation::kSilu>(rows, channels, x, ldx, a, b, y,
-                                              ldy);
-  case RowActivation::kRelu:
-    return activate_all<RowActivation::kRelu>(rows, channels, x, ldx, a, b, y,
-                                              ldy);
+    case RowActivation::kNone:
+      return activate_all<RowActivation::kNone>(rows, channels, x, ldx, a, b, y, ldy);
+    case RowActivation::kSilu:
+      return activate_all<RowActivation::kSilu>(rows, channels, x, ldx, a, b, y, ldy);
+    case RowActivation::kRelu:
+      return activate_all<RowActivation::kRelu>(rows, channels, x, ldx, a, b, y, ldy);
   }
 }
 
-void finish_rows(int64_t rows, int64_t channels, float *y, int64_t ldy,
-                 const float *bias, const float *residual, int64_t ldr,
-                 float scale) {
-  if (bias == nullptr && residual == nullptr && scale == 1.0f)
-    return;
+void finish_rows(int64_t rows, int64_t channels, float* y, int64_t ldy, const float* bias,
+                 const float* residual, int64_t ldr, float scale) {
+  if (bias == nullptr && residual == nullptr && scale == 1.0f) return;
   const Vec factor = Vec::set1(scale);
   for (int64_t c = 0; c < channels; c += kWidth) {
     const int64_t n = channels - c;
-    const Vec constant =
-        bias == nullptr ? Vec::zero() : load_up_to(bias + c, n);
-    float *row = y + c;
+    const Vec constant = bias == nullptr ? Vec::zero() : load_up_to(bias + c, n);
+    float* row = y + c;
     if (residual == nullptr) {
       for (int64_t r = 0; r < rows; ++r, row += ldy) {
         store_up_to((load_up_to(row, n) + constant) * factor, row, n);
       }
       continue;
     }
-    const float *other = residual + c;
+    const float* other = residual + c;
     for (int64_t r = 0; r < rows; ++r, row += ldy, other += ldr) {
-      store_up_to((load_up_to(row, n) + constant + load_up_to(other, n)) *
-                      factor,
-                  row, n);
+      store_up_to((load_up_to(row, n) + constant + load_up_to(other, n)) * factor, row, n);
     }
   }
 }
 
-void channel_moments(int64_t rows, int64_t channels, const float *x,
-                     int64_t ldx, float *mean, float *variance) {
+void channel_moments(int64_t rows, int64_t channels, const float* x, int64_t ldx, float* mean,
+                     float* variance) {
   double means[kMomentChannels], squares[kMomentChannels];
   BlockSums sums;
   for (int64_t first = 0; first < rows; first += kBlockRows) {
     const int64_t count = rows - first < kBlockRows ? rows - first : kBlockRows;
-    const float *block = x + first * ldx;
+    const float* block = x + first * ldx;
     int64_t c = 0;
-    for (; c + 2 * kWidth <= channels; c += 2 * kWidth)
-      sum_block<2>(count, block, ldx, c, &sums);
-    for (; c + kWidth <= channels; c += kWidth)
-      sum_block<1>(count, block, ldx, c, &sums);
+    for (; c + 2 * kWidth <= channels; c += 2 * kWidth) sum_block<2>(count, block, ldx, c, &sums);
+    for (; c + kWidth <= channels; c += kWidth) sum_block<1>(count, block, ldx, c, &sums);
     sum_block_tail(count, channels, block, ldx, c, &sums);
     // Joined as Chan, Golub & LeVeque (1979) do.
     const double size = static_cast<double>(count);
@@ -195,19 +175,17 @@ void channel_moments(int64_t rows, int64_t channels, const float *x,
         continue;
       }
       const double step = block_mean - means[c];
-      squares[c] +=
-          block_square + step * step * static_cast<double>(first) * share;
+      squares[c] += block_square + step * step * static_cast<double>(first) * share;
       means[c] += step * share;
     }
   }
   for (int64_t c = 0; c < channels; ++c) {
     mean[c] = static_cast<float>(means[c]);
-    if (variance == nullptr)
-      continue;
+    if (variance == nullptr) continue;
     // Not below zero by rounding; NaN stays NaN.
     const double square = squares[c] < 0 ? 0.0 : squares[c];
     variance[c] = static_cast<float>(square / static_cast<double>(rows));
   }
 }
 
-} // namespace adm_rt::ADM_RT_ISA
+}  // namespace adm_rt::ADM_RT_ISA

@@ -1,0 +1,127 @@
+"""attention of the native engine against torch's bmm, softmax, bmm in float64."""
+
+import numpy as np
+import pytest
+import torch
+from op_checks import C, check_op, random_array, run, same_bits
+
+SEED = 613
+
+# (T, heads, d): every attention of the released models with fewer heads, then tile edges.
+PRESET_SHAPES = [
+    (1024, 1, 64),
+    (256, 3, 64),
+    (64, 4, 64),
+    (256, 1, 192),
+    (64, 2, 96),
+    (256, 2, 128),
+    (64, 1, 256),
+    (64, 1, 512),
+]
+ODD_SHAPES = [(1, 2, 64), (2, 1, 8), (7, 3, 8), (31, 2, 32), (33, 1, 32), (47, 1, 64), (49, 2, 64)]
+ODD_SHAPES += [(65, 2, 64), (97, 2, 40), (100, 1, 96), (257, 1, 24), (1023, 1, 16), (1025, 1, 16)]
+
+
+def make_qkv(batch, length, heads, d, size=1.0):
+    rng = np.random.default_rng(SEED + length + 31 * heads + 101 * d)
+    return random_array(rng, batch, 1, length, 3 * heads * d, scale=size)
+
+
+def reference(qkv, heads, order, queries, dtype):
+    """As the released networks compute it: q and k are both scaled by d ** -0.25."""
+    batch, _, length, channels = qkv.shape
+    d = channels // (3 * heads)
+    x = torch.from_numpy(qkv[:, 0]).to(dtype)
+    if order == 0:
+        x = x.reshape(batch, length, heads, 3, d).permute(3, 0, 2, 1, 4)
+    else:
+        x = x.reshape(batch, length, 3, heads, d).permute(2, 0, 3, 1, 4)
+    q, k, v = x
+    scale = d**-0.25
+    weights = torch.softmax((q[:, :, :queries] * scale) @ (k * scale).transpose(-1, -2), dim=-1)
+    return {"y": (weights @ v).transpose(1, 2).reshape(batch, queries, heads * d).numpy()}
+
+
+def check(qkv, heads, order=0, queries=None, **options):
+    length, channels = qkv.shape[2], qkv.shape[3] // 3
+    queries = queries or length
+    exact = reference(qkv, heads, order, queries, torch.float64)
+    plain = reference(qkv, heads, order, queries, torch.float32)
+    attributes = {"heads": heads, "order": order}
+    outputs = {"y": (1, queries, channels)}
+    check_op("attention", {"qkv": qkv}, outputs, exact, plain, attributes, **options)
+
+
+@pytest.mark.parametrize("order", [0, 1])
+@pytest.mark.parametrize("shape", PRESET_SHAPES + ODD_SHAPES, ids=str)
+def test_forward(shape, order):
+    length, heads, d = shape
+    check(make_qkv(2 if length < 300 else 1, *shape), heads, order, threads=(1, 2, 3, 7))
+
+
+@pytest.mark.parametrize("length, d", [(2048, 8), (2500, 16), (4096, 8)])
+def test_several_tiles_of_keys(length, d):
+    check(make_qkv(1, length, 1, d, size=2.0), 1, isas=C.available_cpu_isas()[1:], threads=(1, 3))
+
+
+def test_a_late_maximum():
+    """The first tile of keys has the small logits: what was summed up is scaled down to nothing."""
+    qkv = make_qkv(1, 1200, 1, 8)
+    qkv[0, 0, 1100, 8:16] = 60 * np.sign(qkv[0, 0, 5, :8])
+    check(qkv, 1, queries=30)
+
+
+@pytest.mark.parametrize("order", [0, 1])
+@pytest.mark.parametrize("queries", [1, 2, 17, 48, 49, 64])
+def test_first_queries(queries, order):
+    check(make_qkv(2, 65, 3, 64), 3, order, queries)
+
+
+@pytest.mark.parametrize("d", [8, 24, 64, 104, 512])
+@pytest.mark.parametrize("length", [1, 2, 17, 50, 65, 1025])
+def test_single_query(length, d):
+    check(make_qkv(2, length, 2, d), 2, 1, 1, threads=(1, 3))
+
+
+def test_random_shapes():
+    rng = np.random.default_rng(SEED)
+    print("seed", SEED)
+    for _ in range(60):
+        length, heads = int(rng.integers(1, 150)), int(rng.integers(1, 5))
+        d, order = 8 * int(rng.integers(1, 20)), int(rng.integers(2))
+        queries = int(rng.integers(1, length + 1))
+        check(make_qkv(2, length, heads, d), heads, order, queries, threads=(1, 3))
+
+
+def test_a_query_does_not_depend_on_the_others():
+    """The same rows of q, whatever block of queries they are in."""
+    qkv = make_qkv(1, 200, 1, 64)
+    attributes = {"heads": 1, "order": 0}
+    whole = run("attention", {"qkv": qkv}, {"y": (1, 200, 64)}, attributes)
+    few = run("attention", {"qkv": qkv}, {"y": (1, 61, 64)}, attributes)
+    assert same_bits(few, {"y": np.ascontiguousarray(whole["y"][:, :, :61])})
+
+
+def test_large_logits():
+    check(make_qkv(1, 129, 1, 64, size=12.0), 1)
+
+
+def test_nan_stays_nan():
+    qkv = make_qkv(1, 70, 1, 64)
+    qkv[0, 0, 3, 0] = np.nan
+    y = run("attention", {"qkv": qkv}, {"y": (1, 70, 64)}, {"heads": 1})["y"]
+    assert np.isnan(y[0, 0, 3]).all() and np.isfinite(np.delete(y[0, 0], 3, axis=0)).all()
+
+
+@pytest.mark.parametrize(
+    "attributes, outputs, message",
+    [
+        ({"heads": 5}, (1, 9, 16), "5 heads do not divide the 16 channels"),
+        ({"heads": 2, "order": 2}, (1, 9, 16), "order=2"),
+        ({"heads": 2}, (1, 10, 16), "10 positions"),
+        ({"heads": 2}, (1, 9, 8), "not 3 [*] 8"),
+    ],
+)
+def test_bad_arguments(attributes, outputs, message):
+    with pytest.raises(ValueError, match=message):
+        run("attention", {"qkv": np.zeros((1, 1, 9, 48), np.float32)}, {"y": outputs}, attributes)

@@ -1,10 +1,12 @@
-"""The torch engine: the modules of ``adm_rt.models`` as they are, with autograd for guidance."""
+"""The torch engine: the modules of ``adm_rt.models`` as they are, and their gradient network."""
 
 from __future__ import annotations
 
 import contextlib
 
 import torch
+
+from adm_rt.models.classifier_gradient import ClassifierGradient
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -61,8 +63,10 @@ class TorchEngine:
     The networks are moved to ``device``, set to evaluation mode and frozen in place: the
     classifier's gradient is taken with respect to the image only, never the weights.
 
-    On the CPU everything is float32, whatever was asked for (a note says so). On CUDA, half types
-    run under autocast. CUDA has not been measured.
+    On the CPU everything is float32, whatever was asked for (a note says so), and the classifier's
+    gradient is that of ``ClassifierGradient`` (which copies its convolution weights: make a new
+    engine after changing them). On CUDA, half types run under autocast and the gradient is
+    autograd's. CUDA has not been measured.
     """
 
     name = "torch"
@@ -80,6 +84,9 @@ class TorchEngine:
             self.dtype = "float32"
         self._unet = _frozen(unet, self._device)
         self._classifier = None if classifier is None else _frozen(classifier, self._device)
+        # One core, 64x64_classifier: 1.02 to 1.03 times as fast as autograd.
+        explicit = classifier is not None and self._device.type == "cpu"
+        self._gradient = ClassifierGradient(self._classifier) if explicit else None
 
     @property
     def device(self):
@@ -114,6 +121,9 @@ class TorchEngine:
     def classifier_gradient(self, x, t, y):
         if self._classifier is None:
             raise ValueError("classifier_gradient needs a classifier; this engine was made without")
+        if self._gradient is not None:
+            with torch.no_grad():
+                return self._gradient(x, self._times(x, t), y)
         with torch.inference_mode(False), torch.enable_grad():
             # a tensor made under inference_mode cannot take part in autograd; its copy can
             x = x.clone() if x.is_inference() else x.detach()

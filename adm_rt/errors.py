@@ -19,3 +19,7 @@ class SamplingInterrupted(KeyboardInterrupt):
 
 class DataError(ValueError):
     """An image or a data set is missing, damaged, or not of the kind that was asked for."""
+
+
+class ProcessLostError(RuntimeError):
+    """Another process of a distributed run died or stopped answering."""

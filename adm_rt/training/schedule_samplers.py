@@ -58,7 +58,6 @@ class LossSecondMomentSampler:
         limits = p.cumsum(0)
         t = torch.searchsorted(limits / limits[-1], random.uniform(TIMESTEP), right=True)
         t = t.clamp(max=self.num_timesteps - 1)
-        assert len(t) == count
         return t, (1.0 / (self.num_timesteps * p[t])).float()
 
     def update(self, t, losses):

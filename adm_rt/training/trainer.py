@@ -1,221 +1,435 @@
-"""The training loop: AdamW, warm-up and cool-down, EMA, checkpoints, a log.
+"""The training loop: AdamW, EMA, precision, processes, checkpoints.
 
-Checkpoints are folders ``step_<n>`` written aside and renamed. Randomness is keyed on
-(seed, step), so a run that was stopped and continued from its newest checkpoint gives the weights
-of an uninterrupted one.
+All randomness is keyed on (seed, step, image) or, for dropout, on (seed, step, rank, microbatch),
+and a checkpoint holds the whole state, so a run that was stopped and continued gives the weights of
+an uninterrupted one: bit for bit on the CPU with as many processes.
 """
 
 import contextlib
-import csv
+import copy
 import dataclasses
 import json
-import math
-import os
-import shutil
+import signal
+import threading
 import time
+import warnings
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
-from tqdm import tqdm
+from torch.nn.parallel import DistributedDataParallel
 
-from adm_rt.training import schedule_samplers
-from adm_rt.training.randomness import StepRandom
+from adm_rt.errors import CheckpointError, NonFiniteError, ProcessLostError
+from adm_rt.training import distributed, schedule_samplers
+from adm_rt.training.checkpoints import Checkpoints, read_tensors
+from adm_rt.training.config import TrainConfig, differences
+from adm_rt.training.ema import Ema
+from adm_rt.training.precision import LossScale, autocast
+from adm_rt.training.randomness import StepRandom, torch_seed
 
+__all__ = ["TrainConfig", "Trainer"]
 
-@dataclasses.dataclass(frozen=True)
-class TrainConfig:
-    """How to train. Every field is a flag of ``adm-rt train``.
-
-    The learning rate rises linearly over ``warmup_steps``, stays at ``lr``, and falls linearly to
-    zero over the last ``cooldown_steps``. ``precision`` "bf16" runs the network under autocast
-    with float32 master weights. ``ema_rate`` is the decay of the exponential moving average.
-    """
-
-    iterations: int
-    out: str
-    batch_size: int = 64
-    lr: float = 1e-4
-    warmup_steps: int = 0
-    cooldown_steps: int = 0
-    weight_decay: float = 0.0
-    grad_clip: float = 0.0
-    ema_rate: float = 0.9999
-    precision: str = "float32"
-    seed: int = 0
-    log_interval: int = 20
-    save_interval: int = 500
-    keep: int = 2
-
-    def __post_init__(self):
-        for name in ("iterations", "batch_size", "log_interval", "save_interval", "keep"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
-        for name in ("warmup_steps", "cooldown_steps", "weight_decay", "grad_clip", "seed"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name}={getattr(self, name)} must be 0 or more, and finite.")
-        if not self.out or (os.path.exists(self.out) and not os.path.isdir(self.out)):
-            raise ValueError(f"out={self.out!r} must be a folder, there or to be made.")
-        if not (self.lr > 0 and math.isfinite(self.lr)):
-            raise ValueError(f"lr={self.lr} must be a positive number.")
-        if not 0 <= self.ema_rate < 1:
-            raise ValueError(f"ema_rate={self.ema_rate} must be in [0, 1).")
-        if self.precision not in ("float32", "bf16"):
-            raise ValueError(f"precision={self.precision!r} must be 'float32' or 'bf16'.")
-
-    def learning_rate(self, step):
-        """Learning rate of update ``step`` (0-based)."""
-        up = (step + 1) / self.warmup_steps if step < self.warmup_steps else 1.0
-        left = self.iterations - step
-        down = left / self.cooldown_steps if left < self.cooldown_steps else 1.0
-        return self.lr * min(up, down)
+MAX_BAD_UPDATES = 20  # in a row, until the run stops
+_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+_OTHERS = ("t", "weight")  # what a task returns beside losses
+_STOPS = {1: "the callback asked for it", 2: "Ctrl-C", 3: "SIGTERM"}
 
 
 class Trainer:
-    """Trains ``model`` on ``task`` (see ``tasks.py``) and keeps its EMA.
+    """Trains ``model`` on ``task`` (see ``tasks.py``) and keeps its EMAs.
 
-    ``run()`` continues from the newest checkpoint in ``config.out`` if there is one. Raises
-    FloatingPointError after 20 updates in a row with non-finite gradients.
+    ``run()`` continues from the newest checkpoint in ``config.out`` if there is one. Started by
+    torchrun (or with RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT set), the processes share each
+    batch, and rank 0 alone logs and writes.
+
+    monitor: what follows the run, with the methods of ``monitor.Monitor`` (None: a ``Monitor``);
+        used on rank 0 only.
+    callback: ``callback(step, values)`` on rank 0 after every update, ``values`` the means over the
+        batch by name; False stops the run, with a checkpoint.
+
     """
 
-    def __init__(self, model, task, config):
-        self.model = model
-        self.task = task
+    def __init__(self, model, task, config, monitor=None, callback=None):
         self.config = config
+        self.task = task
+        self.monitor = monitor
+        self.callback = callback
         self.out = Path(config.out)
+        self.processes = distributed.start(config.device, config.timeout)
+        self.sharded = config.parallel == "fsdp" and self.processes.world_size > 1
+        self.model = model.to(self.processes.device)
+        self.model_config = model.cfg.to_dict() if hasattr(model, "cfg") else {}
+        self._skeleton = copy.deepcopy(model).to("meta")
+        self.network = self._over_processes()
         self.parameters = dict(model.named_parameters())
-        self.ema = {name: p.detach().clone() for name, p in self.parameters.items()}
+        self.averages = Ema(self.parameters, config.ema_rates, config.ema_ramp)
         self.optimizer = torch.optim.AdamW(
             self.parameters.values(), lr=config.lr, weight_decay=config.weight_decay
         )
-        self.schedule_sampler = schedule_samplers.create("uniform", task.diffusion.num_timesteps)
+        self.schedule_sampler = schedule_samplers.create(
+            config.schedule_sampler, task.diffusion.num_timesteps
+        )
+        scale = config.initial_lg_loss_scale if config.precision == "fp16" else 0.0
+        growth = config.fp16_scale_growth if config.precision == "fp16" else 0.0
+        self.loss_scale = LossScale(scale, growth)
+        self.checkpoints = Checkpoints(self.out, config.keep)
         self.step = 0
         self.seconds = 0.0
+        self.skipped = 0  # updates whose gradients were not finite
+        self.bad_in_a_row = 0
+        self._weights = None
+        self._stop = 0
+        self._saved_step = None
+
+    @property
+    def ema(self):
+        """The first EMA rate's average: name -> tensor."""
+        return next(iter(self.averages.averages.values()))
 
     def run(self, progress=True):
-        """Train to ``config.iterations``; returns the EMA state_dict."""
-        config = self.config
-        self.out.mkdir(parents=True, exist_ok=True)
-        self._resume()
-        self.model.train()
-        sums, count, bad_in_a_row = {}, 0, 0
+        """Train to ``config.iterations``; returns the EMA state_dict of the first rate.
+
+        Raises NonFiniteError after 20 updates in a row with non-finite gradients, CheckpointError
+        for checkpoints that cannot be written, read or continued, ProcessLostError when another
+        process is gone. Ctrl-C and SIGTERM end the update, write a checkpoint, and then stop.
+        """
+        main = self.processes.is_main
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self._named_losses())
+            if main:
+                self._on_main(lambda: stack.enter_context(self.checkpoints.hold()))
+            else:
+                self._on_main(None)
+            self._resume()
+            if main:
+                self._start_monitor(progress)
+                stack.callback(self.monitor.close)
+            stack.enter_context(self._signals())
+            devices = [self.processes.device] if self.processes.device.type == "cuda" else []
+            stack.enter_context(torch.random.fork_rng(devices=devices))
+            self.model.train()
+            self._loop()
+            self._weights = self.ema_weights()
+        self.processes.close()
+        if self._stop > 1:
+            words = f"{_STOPS[self._stop]}: step {self.step} is saved in {self.out}"
+            raise KeyboardInterrupt(words) if self._stop == 2 else SystemExit(128 + 15)
+        return next(iter(self._weights.values()))
+
+    def ema_weights(self):
+        """The EMA state_dict of each rate, by its text in ``ema_rate``.
+
+        Every process has to call this. With "fsdp" only rank 0 gets tensors.
+        """
+        if self._weights is not None:
+            return self._weights
+        return {rate: self._state(rate) for rate in self.config.ema_rates}
+
+    def _loop(self):
+        config, main = self.config, self.processes.is_main
         started = time.monotonic() - self.seconds
-        with (
-            torch.random.fork_rng(devices=[]),
-            tqdm(
-                total=config.iterations,
-                initial=self.step,
-                desc=f"train {self.out.name}",
-                unit="step",
-                disable=not progress,
-                mininterval=5,
-            ) as bar,
-        ):
-            while self.step < config.iterations:
-                torch.manual_seed((config.seed << 32) + self.step)
-                losses = self._update()
-                bad_in_a_row = 0 if losses is not None else bad_in_a_row + 1
-                if bad_in_a_row == 20:
-                    raise FloatingPointError(
-                        f"20 updates in a row up to step {self.step} had non-finite gradients. The "
-                        f"last checkpoint in {self.out} is good: continue from it with a lower lr "
-                        f"(now {config.lr}) or grad_clip (now {config.grad_clip})."
-                    )
-                for name, value in (losses or {}).items():
-                    sums[name] = sums.get(name, 0.0) + value
-                count += losses is not None
-                self.step += 1
-                self.seconds = time.monotonic() - started
-                bar.update()
-                if self.step % config.log_interval == 0 or self.step == config.iterations:
-                    means = {name: total / max(count, 1) for name, total in sums.items()}
-                    bar.set_postfix({name: f"{value:.4f}" for name, value in means.items()})
-                    self._log(means)
-                    sums, count = {}, 0
-                if self.step % config.save_interval == 0 or self.step == config.iterations:
-                    self.save()
-        return {**self.model.state_dict(), **self.ema}
+        while self.step < config.iterations:
+            per_image, scalars = self._update()
+            if per_image is None:
+                break
+            self.seconds = time.monotonic() - started
+            if main:
+                self._report(per_image, scalars)
+            last = self.step == config.iterations
+            if self.bad_in_a_row >= MAX_BAD_UPDATES:
+                raise NonFiniteError(
+                    f"{MAX_BAD_UPDATES} updates in a row up to step {self.step} had non-finite "
+                    f"gradients; the last good state is kept ({self.checkpoints.names()}). Continue"
+                    f" with a lower lr (now {config.lr}) or grad_clip (now {config.grad_clip}) and "
+                    "allow_changes='lr,grad_clip'."
+                )
+            if self.step % config.save_interval == 0 or last:
+                self.save()
+            if config.sample_interval and (self.step % config.sample_interval == 0 or last):
+                self._evaluate()
+        if self._saved_step != self.step:
+            self.save()
+
+    # ---- one update ----
 
     def _update(self):
-        """One optimiser step; mean losses by name, or None when gradients were not finite."""
-        config = self.config
+        """One update: (values [batch] by name with "t", scalars), the first empty when it was
+        skipped, (None, None) when a process wants to stop instead."""
+        config, world = self.config, self.processes.world_size
+        rank = self.processes.rank
+        batch = self.task.batch(self.step, rank, world)
+        told = self.processes.gather_numbers(len(batch), self._stop)
+        self._stop = max(stop for _, stop in told)
+        if self._stop:
+            return None, None
+        counts = [count for count, _ in told]
         lr = config.learning_rate(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        autocast = contextlib.nullcontext()
-        if config.precision == "bf16":
-            autocast = torch.autocast("cpu", torch.bfloat16)
-        batch = self.task.batch(self.step)
-        random = StepRandom(config.seed, self.step, batch.first, len(batch))
-        with autocast:
-            losses = self.task.losses(self.model, batch, random, self.schedule_sampler)
-        losses.pop("t")
-        weight = losses.pop("weight", torch.ones(len(batch)))
         self.optimizer.zero_grad(set_to_none=True)
-        (losses["loss"] * weight).mean().backward()
-        norm = torch.nn.utils.clip_grad_norm_(
-            self.parameters.values(), config.grad_clip or math.inf
+        values = self._backward(batch, counts)
+        everyone = self.processes.gather_columns(torch.stack(list(values.values())), counts)
+        per_image = dict(zip(values, everyone))
+        per_image["t"] = per_image["t"].long()
+
+        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
+        if config.precision == "fp16":
+            torch._foreach_mul_(gradients, 1.0 / self.loss_scale.factor)
+        norm = distributed.whole(torch.nn.utils.get_total_norm(gradients))
+        good = bool(torch.isfinite(norm))
+        scalars = {"grad_norm": float(norm), "lr": lr}
+        if good:
+            if config.grad_clip:
+                torch._foreach_mul_(gradients, min(1.0, config.grad_clip / (float(norm) + 1e-6)))
+            self.optimizer.step()
+            self.averages.update(self.parameters, self.step)
+            self.schedule_sampler.update(per_image["t"], per_image["loss"])
+        self.loss_scale.update(good)
+        self.skipped += not good
+        self.bad_in_a_row = 0 if good else self.bad_in_a_row + 1
+        self.step += 1
+        scalars["skipped"] = float(self.skipped)
+        if config.precision == "fp16":
+            scalars["loss_scale"] = self.loss_scale.factor
+        return per_image if good else {}, scalars
+
+    def _backward(self, batch, counts):
+        """Add the gradients of this process's share; its values by name, float64 [n]."""
+        config, rank, device = self.config, self.processes.rank, self.processes.device
+        if rows := len(batch):
+            images = 1.0
+        else:  # this process must take part all the same: one image that weighs nothing
+            batch, images = self.task.batch(self.step, 0, 1)[:1], 0.0
+        count = len(batch)
+        size = config.microbatch or count
+        batch = batch.to(device)
+        random = StepRandom(config.seed, self.step, batch.first, count)
+        parts = []
+        for index, start in enumerate(range(0, count, size)):
+            rows_here = slice(start, min(start + size, count))
+            torch.manual_seed(torch_seed(config.seed, self.step, rank, index))
+            with self._communicate(rows_here.stop == count):
+                with autocast(config.precision, device):
+                    values = self.task.losses(
+                        self.network, batch[rows_here], random[rows_here], self.schedule_sampler
+                    )
+                loss = values["loss"] * values["weight"] if "weight" in values else values["loss"]
+                # The processes' gradients are averaged, so the mean over all images is this:
+                share = self.processes.world_size / sum(counts)
+                if config.sum_microbatches:
+                    share = 1.0 / len(loss)
+                (loss.sum() * (images * share * self.loss_scale.factor)).backward()
+            parts.append({k: v.detach().double() for k, v in values.items() if k != "weight"})
+        return {name: torch.cat([part[name] for part in parts])[:rows] for name in parts[0]}
+
+    def _over_processes(self):
+        """What is called instead of the model, so that gradients are averaged over processes."""
+        if self.processes.world_size == 1:
+            return self.model
+        if self.sharded:
+            return distributed.shard(self.model, self.processes)
+        index = self.processes.device.index
+        return DistributedDataParallel(
+            self.model,
+            device_ids=None if index is None else [index],
+            broadcast_buffers=False,
+            gradient_as_bucket_view=True,
         )
-        if not torch.isfinite(norm):
-            return None
-        self.optimizer.step()
-        # The decay is ramped up so that the random start is forgotten.
-        decay = min(config.ema_rate, (1 + self.step) / (10 + self.step))
-        with torch.no_grad():
-            torch._foreach_lerp_(list(self.ema.values()), list(self.parameters.values()), 1 - decay)
-        means = {name: float(value.detach().mean()) for name, value in losses.items()}
-        return {**means, "grad_norm": float(norm), "lr": lr}
+
+    def _communicate(self, last):
+        """A context for one microbatch: only the last one's backward averages gradients."""
+        if self.sharded:
+            self.network.set_requires_gradient_sync(last)
+        elif self.processes.world_size > 1 and not last:
+            return self.network.no_sync()
+        return contextlib.nullcontext()
+
+    # ---- what others see of it ----
+
+    def _start_monitor(self, progress):
+        if self.monitor is None:
+            from adm_rt.training.monitor import Monitor
+
+            timesteps = self.task.diffusion.num_timesteps
+            self.monitor = Monitor(self.out, self.config, timesteps, progress=progress)
+        self.monitor.start(self.step, self.seconds)
+
+    def _report(self, per_image, scalars):
+        self.monitor.record(self.step, per_image, scalars)
+        if self.callback is not None:
+            means = {k: float(v.mean()) for k, v in per_image.items() if k not in _OTHERS}
+            if self.callback(self.step, {**means, **scalars}) is False:
+                self._stop = max(self._stop, 1)
+
+    def _evaluate(self):
+        """Show the monitor a model with the first EMA's weights; training is not touched."""
+        state = self._state(next(iter(self.config.ema_rates)))
+        if self.processes.is_main:
+            network = copy.deepcopy(self._skeleton)
+            network.load_state_dict(state, assign=True)
+            with torch.random.fork_rng(devices=[]), torch.no_grad():
+                self.monitor.evaluate(self.step, network.eval())
+
+    def _state(self, rate):
+        """The state_dict with the averages of ``rate``; whole on rank 0, {} elsewhere."""
+        state = {name: value.detach() for name, value in self.model.state_dict().items()}
+        state |= self.averages.averages[rate]
+        whole = {}
+        for name, value in state.items():
+            value = distributed.whole(value)
+            if self.processes.is_main or not self.sharded:
+                whole[name] = value
+        return whole
+
+    @contextlib.contextmanager
+    def _signals(self):
+        """Ctrl-C and SIGTERM let the update end; a second Ctrl-C is immediate."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def note(number, _):
+            self._stop = 2 if number == signal.SIGINT else 3
+            if number == signal.SIGINT:
+                signal.signal(signal.SIGINT, signal.default_int_handler)
+
+        before = {n: signal.signal(n, note) for n in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    @contextlib.contextmanager
+    def _named_losses(self):
+        """Say what a lost process means for the run."""
+        try:
+            with distributed.process_loss(f"rank {self.processes.rank}"):
+                yield
+        except ProcessLostError as error:
+            raise ProcessLostError(
+                f"{error}, at step {self.step}. Start the same command again to continue from the "
+                f"newest checkpoint ({self.checkpoints.names()})."
+            ) from error.__cause__
+
+    def _on_main(self, work):
+        """Run ``work`` on rank 0; its error is every process's, so that none waits for it."""
+        result, error = None, None
+        if self.processes.is_main:
+            try:
+                result = work()
+            except CheckpointError as problem:
+                error = problem
+        if (told := self.processes.from_main(error and str(error))) is not None:
+            raise CheckpointError(told) from error
+        return result
+
+    # ---- checkpoints ----
 
     def save(self):
-        """Write checkpoint ``step_<n>`` (aside, then renamed) and drop the oldest ones."""
-        target = self.out / f"step_{self.step:07d}"
-        aside = self.out / f".{target.name}.{os.getpid()}"
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir()
+        """Write checkpoint ``step_<n>`` and drop the oldest ones."""
+        tensors = self._tensors()
+        if not self.processes.is_main:
+            for tensor in tensors.values():
+                distributed.whole(tensor)
+            self._saved_step = self.step
+            return
+        facts = {
+            "seconds": round(self.seconds, 1),
+            "skipped": self.skipped,
+            "bad_in_a_row": self.bad_in_a_row,
+            "lg_loss_scale": self.loss_scale.lg,
+            "processes": self.processes.world_size,
+            "torch": torch.__version__,
+            "config": self._configuration(),
+        }
+        path = self.checkpoints.write(self.step, tensors, facts, distributed.whole)
+        self._saved_step = self.step
+        if self.monitor is not None:
+            self.monitor.checkpointed(self.step, path)
+
+    def _tensors(self):
+        """Every tensor of the run's state by its name in the checkpoint."""
+        buffers = dict(self.model.named_buffers())
         tensors = {f"model.{name}": p.detach() for name, p in self.parameters.items()}
-        tensors |= {f"ema.{name}": p for name, p in self.ema.items()}
-        for index, name in enumerate(self.parameters):
-            moments = self.optimizer.state_dict()["state"].get(index, {})
-            tensors |= {f"optimizer.{key}.{name}": value for key, value in moments.items()}
-        save_file({k: v.contiguous() for k, v in tensors.items()}, aside / "state.safetensors")
-        facts = {"step": self.step, "seconds": round(self.seconds, 1)}
-        facts["config"] = dataclasses.asdict(self.config)
-        (aside / "state.json").write_text(json.dumps(facts, indent=2) + "\n")
-        for path in aside.iterdir():
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
-        shutil.rmtree(target, ignore_errors=True)
-        os.replace(aside, target)
-        for old in sorted(self.out.glob("step_*"))[: -self.config.keep]:
-            shutil.rmtree(old)
+        tensors |= {
+            f"model.{name}": b for name, b in self.model.state_dict().items() if name in buffers
+        }
+        for rate, average in self.averages.averages.items():
+            tensors |= {f"ema.{rate}.{name}": p for name, p in average.items()}
+        for name, p in self.parameters.items():
+            for key, value in self.optimizer.state.get(p, {}).items():
+                tensors[f"optimizer.{key}.{name}"] = value
+        for name, value in self.schedule_sampler.state_dict().items():
+            tensors[f"schedule_sampler.{name}"] = value
+        return tensors
+
+    def _configuration(self):
+        """The whole configuration as JSON values."""
+        task = {"type": type(self.task).__name__}
+        if hasattr(self.task, "describe"):
+            task |= self.task.describe()
+        sections = {
+            "train": dataclasses.asdict(self.config),
+            "model": self.model_config,
+            "task": task,
+        }
+        return json.loads(json.dumps(sections))
 
     def _resume(self):
-        checkpoints = sorted(self.out.glob("step_*"))
-        if not checkpoints:
+        """Go on from the newest undamaged checkpoint, if there is one."""
+        found = self._on_main(lambda: self.checkpoints.newest(_warn))
+        found = self.processes.from_main(found)
+        if found is None:
             return
-        facts = json.loads((checkpoints[-1] / "state.json").read_text())
-        tensors = load_file(checkpoints[-1] / "state.safetensors")
-        state = self.optimizer.state_dict()
-        state["state"] = {}
-        with torch.no_grad():
-            for index, (name, parameter) in enumerate(self.parameters.items()):
-                parameter.copy_(tensors[f"model.{name}"])
-                self.ema[name].copy_(tensors[f"ema.{name}"])
-                state["state"][index] = {
-                    key: tensors[f"optimizer.{key}.{name}"]
-                    for key in ("step", "exp_avg", "exp_avg_sq")
-                }
-        self.optimizer.load_state_dict(state)
-        self.step, self.seconds = facts["step"], facts["seconds"]
+        path, facts = found
+        found, changed = differences(
+            facts["config"], self._configuration(), self.config.allow_changes
+        )
+        if found:
+            raise CheckpointError(
+                f"the run in {self.out} has another configuration: {'; '.join(found)}. Give the "
+                "same values, choose another out, or name fields in allow_changes "
+                f"({found[0].split()[0]!r}) to change them on purpose."
+            )
+        if facts["step"] > self.config.iterations:
+            raise CheckpointError(
+                f"the run in {self.out} is at step {facts['step']}, beyond iterations="
+                f"{self.config.iterations}. Ask for more iterations or choose another out."
+            )
+        self._load(read_tensors(path), path)
+        self.step, self.seconds, self.skipped = facts["step"], facts["seconds"], facts["skipped"]
+        self.bad_in_a_row = 0 if changed else facts["bad_in_a_row"]
+        if self.config.precision == "fp16":
+            self.loss_scale.lg = facts["lg_loss_scale"]
+        self._saved_step = self.step
 
-    def _log(self, means):
-        """Append one row to ``log.csv``."""
-        path = self.out / "log.csv"
-        row = {"step": self.step, "seconds": round(self.seconds, 1)}
-        row |= {name: f"{value:.6g}" for name, value in means.items()}
-        new = not path.exists()
-        with open(path, "a", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=list(row))
-            if new:
-                writer.writeheader()
-            writer.writerow(row)
+    def _load(self, tensors, path):
+        """Fill the state from ``tensors`` (as ``_tensors`` names them)."""
+        state = self._tensors()
+        missing = [name for name in state if name not in tensors]
+        wrong = [n for n in state if n in tensors and state[n].shape != tensors[n].shape]
+        if missing or wrong:
+            raise CheckpointError(
+                f"{path} is not of this model: "
+                + (f"{missing[0]} is missing." if missing else f"{wrong[0]} has another shape.")
+            )
+        sampler = {}
+        for name, value in tensors.items():
+            if name.startswith("schedule_sampler."):
+                sampler[name.split(".", 1)[1]] = value
+            elif name in state and not name.startswith("optimizer."):
+                distributed.assign(state[name], value)
+        self.schedule_sampler.load_state_dict(sampler)
+        for name, p in self.parameters.items():
+            moments = {key: tensors.get(f"optimizer.{key}.{name}") for key in _MOMENTS}
+            if moments["step"] is None:
+                continue  # no update has reached it yet
+            kept = self.optimizer.state[p]
+            kept["step"] = moments["step"].clone()
+            for key in _MOMENTS[1:]:
+                kept[key] = torch.zeros_like(p, memory_format=torch.preserve_format)
+                distributed.assign(kept[key], moments[key])
+
+
+def _warn(text):
+    warnings.warn(text, stacklevel=2)

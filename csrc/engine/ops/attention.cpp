@@ -11,14 +11,12 @@
 namespace adm_rt::engine {
 namespace {
 
-// At least this many query blocks of one head go to a thread at once: it packs
-// k and v for them.
+// At least this many query blocks of one head go to a thread at once: it packs k and v for them.
 constexpr int64_t kBlocksPerTask = 4;
 
-// Input qkv {.., .., 3 * heads * d}, T pixels. Output y {.., .., heads * d}
-// with the first Tq <= T pixels. Attributes: heads; order 0 (legacy: channel
-// head * 3d + {q, k, v} * d + i) or 1 (new: channel {q, k, v} * heads * d +
-// head * d + i), as in the released checkpoints.
+// Input qkv {.., .., 3 * heads * d}, T pixels. Output y {.., .., heads * d} with the first Tq <= T
+// pixels. Attributes: heads; order 0 (legacy: channel head * 3d + {q, k, v} * d + i) or 1 (new:
+// channel {q, k, v} * heads * d + head * d + i), as in the released checkpoints.
 class Attention : public Op {
  public:
   explicit Attention(const OpArguments& arguments)

@@ -5,8 +5,7 @@
 
 namespace adm_rt {
 
-// One head of one image: rows of q, k and v are `row` floats apart, those of
-// out `out_row`.
+// One head of one image: rows of q, k and v are `row` floats apart, those of out `out_row`.
 struct AttentionHead {
   const float* q = nullptr;
   const float* k = nullptr;
@@ -20,15 +19,13 @@ struct AttentionHead {
 
 #define ADM_RT_DECLARE_ATTENTION(ISA)                                                            \
   namespace ISA {                                                                                \
-  /* Queries that attention_queries takes at most: their logits stay in the                      \
-   * cache. */                                                                                   \
+  /* Queries that attention_queries takes at most: their logits stay in the cache. */            \
   int64_t attention_query_block(int64_t head_dim, int64_t keys);                                 \
   /* Floats of 64-byte aligned scratch that one thread needs. */                                 \
   int64_t attention_scratch(int64_t head_dim, int64_t keys);                                     \
   /* Packs k (scaled) and v into the scratch. */                                                 \
   void attention_pack(const AttentionHead& head, float* scratch);                                \
-  /* Queries [begin, end), at most a block of them, of the head that was                         \
-   * packed. */                                                                                  \
+  /* Queries [begin, end), at most a block of them, of the head that was packed. */              \
   void attention_queries(const AttentionHead& head, int64_t begin, int64_t end, float* scratch); \
   /* The first query alone, with nothing packed. */                                              \
   void attention_single(const AttentionHead& head, float* scratch);                              \

@@ -1,9 +1,8 @@
-// Attention on rows of pixels: logits and result are two products of gemm.h per
-// block of queries, with k (transposed, scaled) and v packed once per head.
-// Keys are taken in tiles that stay in the second-level cache; up to kKeyTile
-// of them, which is every ADM model but at 64x64 pixels, there is one tile and
-// the softmax is the plain one. Over several tiles it is the streaming softmax
-// of Milakov & Gimelshein 2018.
+// Attention on rows of pixels: logits and result are two products of gemm.h per block of queries,
+// with k (transposed, scaled) and v packed once per head. Keys are taken in tiles that stay in the
+// second-level cache; up to kKeyTile of them, which is every ADM model but at 64x64 pixels, there
+// is one tile and the softmax is the plain one. Over several tiles it is the streaming softmax of
+// Milakov & Gimelshein 2018.
 #include <cstdint>
 
 #include "common/simd.h"
@@ -20,8 +19,7 @@ constexpr int64_t kMaxQueries = 48;  // a multiple of every row block
 
 struct AttentionScratch {
   float* k;       // panels of k, [keys / panel][head_dim][panel]
-  float* v;       // by tile of keys: panels of v, [head_dim / panel][keys of the
-                  // tile][panel]
+  float* v;       // of each tile of keys panels of v, [head_dim / panel][keys][panel]
   float* logits;  // [kMaxQueries, ld]
   int64_t ld;
   float* maximum;     // [kMaxQueries], so far
@@ -50,8 +48,7 @@ int64_t carve(int64_t head_dim, int64_t keys, float* base, AttentionScratch* s) 
 float row_maximum(const float* x, int64_t n) {
   Vec m0 = Vec::set1(-INFINITY), m1 = m0, m2 = m0, m3 = m0;
   int64_t i = 0;
-  // max() gives its second operand when either is NaN: NaN reaches the logits,
-  // not the maximum.
+  // max() gives its second operand when either is NaN: NaN reaches the logits, not the maximum.
   for (; i + 4 * kWidth <= n; i += 4 * kWidth) {
     m0 = max(Vec::load(x + i), m0);
     m1 = max(Vec::load(x + i + kWidth), m1);
@@ -64,8 +61,7 @@ float row_maximum(const float* x, int64_t n) {
   return maximum;
 }
 
-// x[i] = 2^(x[i] - maximum); returns their sum. Writes up to the next whole
-// vector.
+// x[i] = 2^(x[i] - maximum); returns their sum. Writes up to the next whole vector.
 float exponentials(float* x, int64_t n, float maximum) {
   const Vec m = Vec::set1(maximum);
   Vec sum0 = Vec::zero(), sum1 = sum0;
@@ -97,8 +93,7 @@ void scale_row(float* y, int64_t n, float factor) {
   }
 }
 
-// Panels of `width` columns: dst[panel][row][column], zero behind the last
-// column.
+// Panels of `width` columns: dst[panel][row][column], zero behind the last column.
 void pack_rows(const float* src, int64_t ld, int64_t rows, int64_t columns, int64_t width,
                float* dst) {
   for (int64_t column = 0; column < columns; column += width) {

@@ -1,7 +1,6 @@
-// group_norm: what GroupNorm (with AdaGN's modulation, Dhariwal & Nichol 2021,
-// section 3) does to each channel, as one affine map a * x + b that the next op
-// applies while it reads x. It sees the statistics of the channels and not the
-// pixels, so there is nothing to vectorise.
+// group_norm: what GroupNorm (with AdaGN's modulation, Dhariwal & Nichol 2021, section 3) does to
+// each channel, as one affine map a * x + b that the next op applies while it reads x. It sees the
+// statistics of the channels and not the pixels, so there is nothing to vectorise.
 #include <cmath>
 #include <vector>
 
@@ -11,13 +10,12 @@
 namespace adm_rt::engine {
 namespace {
 
-// Inputs: stats {1, 2, C1} (row 0 the means, row 1 the variances over the
-// pixels), stats2 {1, 2, C2}? (of the second half of a concatenation),
-// modulation {1, 1, M}?. Output: affine {1, 2, C1 + C2} (row 0 a, row 1 b).
-// Weights: weight, bias [C1 + C2]. Attributes: groups, eps, mode (0: no
-// modulation; 1: scale-shift, y = norm * (1 + scale) + shift with scale =
-// modulation[offset : offset + C] and shift the next C; 2: modulation[offset :
-// offset + C] is added to x before the norm), offset.
+// Inputs: stats {1, 2, C1} (row 0 the means, row 1 the variances over the pixels), stats2 {1, 2,
+// C2}? (of the second half of a concatenation), modulation {1, 1, M}?. Output: affine {1, 2, C1 +
+// C2} (row 0 a, row 1 b). Weights: weight, bias [C1 + C2]. Attributes: groups, eps, mode (0: no
+// modulation; 1: scale-shift, y = norm * (1 + scale) + shift with scale = modulation[offset :
+// offset + C] and shift the next C; 2: modulation[offset : offset + C] is added to x before the
+// norm), offset.
 class GroupNorm : public Op {
  public:
   explicit GroupNorm(const OpArguments& arguments)

@@ -1,9 +1,7 @@
-// linear: a dense layer on every pixel, which is a 1x1 convolution, as one
-// packed product (gemm.h).
+// linear: a dense layer on every pixel, which is a 1x1 convolution, as one packed product (gemm.h).
 //
-// Affine map, activation and concatenation happen once, while a block of rows
-// is copied into the second-level cache; bias, residual and scale where a block
-// of columns leaves it.
+// Affine map, activation and concatenation happen once, while a block of rows is copied into the
+// second-level cache; bias, residual and scale where a block of columns leaves it.
 #include <algorithm>
 #include <cstring>
 #include <vector>
@@ -22,26 +20,22 @@ namespace {
 
 // Floats of a block of rows that stays in the second-level cache: 320 KiB.
 constexpr int64_t kBlockFloats = 80 * 1024;
-// Products whose rows all fit this (1 MiB) are split among the threads by
-// columns, so that each thread reads its own part of the weights; larger ones
-// by rows.
+// Products whose rows all fit this (1 MiB) are split among the threads by columns, so that each
+// thread reads its own part of the weights; larger ones by rows.
 constexpr int64_t kSharedFloats = 256 * 1024;
-// Panels of columns between product and epilogue: what was written is still in
-// the cache.
+// Panels of columns between product and epilogue: what was written is still in the cache.
 constexpr int64_t kGroupPanels = 4;
 // Work below this many operations is not worth waking another thread.
 constexpr int64_t kGrainFlops = 200000;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// y = (W act(a x + b) + bias + residual) * output_scale for every pixel, x =
-// [x, x2] by channels.
+// y = (W act(a x + b) + bias + residual) * output_scale for every pixel, x = [x, x2] by channels.
 //
-// Inputs: x {H, W, C1}, x2 {H, W, C2}?, affine {1, 2, C1 + C2}? (row 0 a, row 1
-// b), residual like y?. Outputs: y {.., .., Co} with as many pixels as x, stats
-// {1, 2, Co}?. Weights: weight [Co, C1 + C2] (trailing dimensions of 1 are
-// allowed), bias [Co]?. Attributes: activation (0 none, 1 silu, 2 relu),
-// output_scale (1).
+// Inputs: x {H, W, C1}, x2 {H, W, C2}?, affine {1, 2, C1 + C2}? (row 0 a, row 1 b), residual like
+// y?. Outputs: y {.., .., Co} with as many pixels as x, stats {1, 2, Co}?. Weights: weight [Co, C1
+// + C2] (trailing dimensions of 1 are allowed), bias [Co]?. Attributes: activation (0 none, 1 silu,
+// 2 relu), output_scale (1).
 class Linear : public Op {
  public:
   explicit Linear(const OpArguments& arguments)
@@ -125,8 +119,7 @@ class Linear : public Op {
  private:
   bool by_columns(int64_t batch) const { return batch * pixels_ * depth_ <= kSharedFloats; }
 
-  // Rows [begin, end) of the concatenated, mapped and activated input into
-  // `block`.
+  // Rows [begin, end) of the concatenated, mapped and activated input into `block`.
   void prepare(const RunContext& context, int64_t begin, int64_t end, float* block) const {
     const int64_t channels2 = depth_ - channels1_;
     while (begin < end) {
@@ -147,8 +140,7 @@ class Linear : public Op {
     }
   }
 
-  // Rows [begin, end) of columns [panel * width, ...) of y; `a` is the prepared
-  // row `begin`.
+  // Rows [begin, end) of columns [panel * width, ...) of y; `a` is the prepared row `begin`.
   void multiply(const RunContext& context, const float* a, int64_t begin, int64_t end,
                 int64_t panel_begin, int64_t panel_end) const {
     const float* bias =
@@ -186,8 +178,7 @@ class Linear : public Op {
 
   void run_by_rows(const RunContext& context) const {
     const int64_t rows = context.batch * pixels_;
-    // As many rows as the cache holds, fewer when threads would be left without
-    // work.
+    // As many rows as the cache holds, fewer when threads would be left without work.
     const int64_t most = std::max<int64_t>(row_block_, kBlockFloats / depth_);
     const int64_t share = num_threads() == 1 ? most : ceil_div(rows, 4 * num_threads());
     const int64_t size =

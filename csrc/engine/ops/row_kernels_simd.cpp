@@ -1,5 +1,4 @@
-// Kernels of row_kernels.h for one instruction set (compiled once per ISA; see
-// common/simd.h).
+// Kernels of row_kernels.h for one instruction set (compiled once per ISA; see common/simd.h).
 #include <cstdint>
 
 #include "common/simd.h"
@@ -9,8 +8,7 @@ namespace adm_rt::ADM_RT_ISA {
 namespace {
 
 constexpr int64_t kWidth = Vec::kWidth;
-// Rows whose deviations are summed in float: chains of kBlockRows / 2
-// additions.
+// Rows whose deviations are summed in float: chains of kBlockRows / 2 additions.
 constexpr int64_t kBlockRows = 128;
 
 // Whole vectors take the plain instructions: masked ones are slow on some CPUs.
@@ -52,8 +50,7 @@ void activate_all(int64_t rows, int64_t channels, const float* x, int64_t ldx, c
   }
 }
 
-// Sums of x - pilot and of its square over the rows, where pilot is the first
-// row.
+// Sums of x - pilot and of its square over the rows, where pilot is the first row.
 struct BlockSums {
   float sum[kMomentChannels];
   float square[kMomentChannels];

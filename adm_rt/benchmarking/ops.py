@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import platform
 import time
 import types
 
@@ -12,7 +11,7 @@ import numpy as np
 import torch
 
 from adm_rt import __version__, ops, testing
-from adm_rt.benchmarking import baselines
+from adm_rt.benchmarking import baselines, machine
 from adm_rt.diffusion import Diffusion
 from adm_rt.samplers.ddim import coefficients as ddim_coefficients
 from adm_rt.samplers.ddpm import coefficients as ddpm_coefficients
@@ -34,8 +33,8 @@ def rows(args):
     """Time every case, printing as it goes."""
     result = []
     with _threads(args.threads):
-        print(f"{_cpu_name()}, {_isa()}, {args.threads} thread(s), {args.clock} clock, ", end="")
-        print(f"torch {torch.__version__}")
+        print(f"{machine.processor()}, {machine.isa()}, {args.threads} thread(s), ", end="")
+        print(f"{args.clock} clock, torch {torch.__version__}")
         for name, cases in GROUPS:
             if args.only not in name:
                 continue
@@ -68,8 +67,8 @@ def _row(name, case, functions, args):
         "max_error": error,
         "ours_min_ms": timings["ours"].minimum,
         "baseline_min_ms": timings["baseline"].minimum,
-        "processor": _cpu_name(),
-        "isa": _isa(),
+        "processor": machine.processor(),
+        "isa": machine.isa(),
         "threads": args.threads,
         "clock": args.clock,
         "torch": torch.__version__,
@@ -217,21 +216,3 @@ def _threads(count):
             yield
     finally:
         torch.set_num_threads(before)
-
-
-def _isa():
-    from adm_rt.ops._library import extension
-
-    return extension().cpu_isa()
-
-
-@functools.cache
-def _cpu_name():
-    try:
-        with open("/proc/cpuinfo") as file:
-            names = [
-                line.split(":", 1)[1].strip() for line in file if line.startswith("model name")
-            ]
-        return names[0]
-    except (OSError, IndexError):
-        return platform.processor() or platform.machine()

@@ -346,8 +346,11 @@ def _array(tensor) -> np.ndarray:
     return tensor.detach().to("cpu", torch.float32).numpy()
 
 
-def empty_module(config: ModelConfig):
-    """The network of ``config`` on torch's meta device: shapes and names, no memory, no values."""
+def empty_module(config: ModelConfig, build=None):
+    """The network of ``config`` on torch's meta device: shapes and names, no memory, no values.
+
+    build: what makes it of ``config``; None for ``models.build``.
+    """
     import torch
     from torch.overrides import TorchFunctionMode
 
@@ -362,7 +365,7 @@ def empty_module(config: ModelConfig):
             return function(*args, **kwargs)
 
     with torch.device("meta"), NoInitialisation():
-        return models.build(config)
+        return (build or models.build)(config)
 
 
 def _module(info: ModelInfo, weights: dict[str, np.ndarray]):

@@ -1,0 +1,127 @@
+"""The command lines of the benchmarks, and the checks that need no model. Nothing imports torch."""
+
+from __future__ import annotations
+
+import os
+
+from adm_rt.benchmarking.machine import free_cores
+
+DEVICES = ("cpu", "cuda")
+_BOTH = "for torch and us"
+
+
+def add_output(parser):
+    """What every benchmark has."""
+    parser.add_argument("--json", metavar="FILE", help="also write the rows there")
+    parser.add_argument("--only", default="", metavar="TEXT", help="rows whose name contains TEXT")
+    parser.add_argument(
+        "--device", choices=DEVICES, default="cpu", help="where (default: cpu; cuda is to come)"
+    )
+
+
+def add_ops(parser):
+    """``adm-rt bench ops``."""
+    add_output(parser)
+    parser.add_argument("--batch", default="1,4", metavar="N,N", help="batch sizes (default: 1,4)")
+    parser.add_argument("--rounds", type=int, default=15, help="samples of each (default: 15)")
+    parser.add_argument("--threads", type=int, default=1, help=f"{_BOTH} (default: 1)")
+    parser.add_argument(
+        "--clock",
+        choices=("wall", "cpu"),
+        default="wall",
+        help="cpu: the processor time of the one thread, for a machine that others use too",
+    )
+
+
+def check_ops(args):
+    """Raises ValueError; sets ``args.batches``."""
+    try:
+        args.batches = [int(part) for part in str(args.batch).split(",")]
+    except ValueError:
+        args.batches = []
+    if not args.batches or min(args.batches) < 1:
+        raise ValueError(f"--batch {args.batch}: give whole numbers from 1, such as 1,4")
+    if args.threads < 1:
+        raise ValueError(f"--threads {args.threads}: give at least 1")
+    if args.clock == "cpu" and args.threads > 1:
+        raise ValueError("--clock cpu sees one thread only; use --threads 1 or --clock wall")
+    _check_output(args)
+
+
+def add_sample(parser):
+    """``adm-rt bench sample``."""
+    add_output(parser)
+    parser.add_argument("--list", action="store_true", help="print the cases and what they need")
+    parser.add_argument(
+        "--all", action="store_true", help="the long cases too (batch 4, 256x256, whole runs)"
+    )
+    parser.add_argument(
+        "--contenders",
+        default="",
+        metavar="NAME,NAME",
+        help="who runs beside eager PyTorch: native, torch (our engines), onnxruntime, openvino, "
+        "compile (default: all that are here but compile, whose start takes minutes)",
+    )
+    parser.add_argument("--rounds", type=int, default=7, help="samples of each (default: 7)")
+    parser.add_argument(
+        "--threads", default="1", metavar="N|all", help="of every contender (default: 1)"
+    )
+    parser.add_argument(
+        "--cores", default="", metavar="N,N", help="pin to these (default: the first allowed ones)"
+    )
+    parser.add_argument(
+        "--isa",
+        choices=("auto", "avx2"),
+        default="auto",
+        help="avx2: nobody uses more, where that can be set (not in ONNX Runtime)",
+    )
+    parser.add_argument(
+        "--float64", action="store_true", help="also compare everybody with float64"
+    )
+    parser.add_argument(
+        "--folder", metavar="DIR", help="keep the models and graphs there for the next time"
+    )
+    parser.add_argument("--chart", metavar="FILE", help="draw the rows as a PNG (matplotlib)")
+
+
+def check_sample(args):
+    """Raises ValueError; sets ``args.core_list`` and ``args.thread_count``."""
+    allowed = free_cores()
+    try:
+        cores = [int(part) for part in args.cores.split(",")] if args.cores else allowed
+        threads = len(cores) if args.threads == "all" else int(args.threads)
+    except ValueError:
+        raise ValueError(
+            f"--cores {args.cores!r}, --threads {args.threads!r}: give numbers, such as "
+            "--cores 0,1 --threads 2, or --threads all"
+        ) from None
+    if not set(cores) <= set(allowed) or len(set(cores)) != len(cores):
+        raise ValueError(f"--cores {args.cores}: allowed here are {_joined(allowed)}, each once")
+    if not 1 <= threads <= len(cores):
+        raise ValueError(
+            f"--threads {args.threads}: there are {len(cores)} cores ({_joined(cores)}); more "
+            "threads than cores would only wait for each other"
+        )
+    args.core_list, args.thread_count = cores[:threads], threads
+    for name in ("json", "chart"):
+        _check_file(f"--{name}", getattr(args, name))
+    _check_output(args)
+
+
+def _check_output(args):
+    if args.rounds < 1:
+        raise ValueError(f"--rounds {args.rounds}: give at least 1")
+    if args.device != "cpu":
+        raise ValueError(f"--device {args.device} is not in this build yet; use --device cpu")
+    _check_file("--json", args.json)
+
+
+def _check_file(flag, path):
+    if path:  # before minutes of work, not after
+        folder = os.path.dirname(os.path.abspath(path))
+        if not os.path.isdir(folder) or not os.access(folder, os.W_OK):
+            raise ValueError(f"{flag} {path}: cannot write into the folder {folder}")
+
+
+def _joined(numbers):
+    return ",".join(map(str, numbers))

@@ -1,0 +1,112 @@
+"""The rows of ``adm-rt bench sample`` as a bar chart: speed relative to eager PyTorch.
+
+``python -m adm_rt.benchmarking.chart ROWS.json [ROWS.json ...] CHART.png`` draws saved rows.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+
+from adm_rt.benchmarking.contenders import CONTENDERS, OURS
+
+_OURS_COLOURS = ("#c2410c", "#fb923c")
+_OTHER_COLOURS = {
+    "eager": "#94a3b8",
+    "compile": "#64748b",
+    "onnxruntime": "#3b82f6",
+    "openvino": "#0f766e",
+}
+
+
+def speeds(rows):
+    """(name, sizes, threads) -> contender -> (speed relative to eager, ms), in the rows' order.
+
+    Raises ValueError when a case was not run against eager PyTorch.
+    """
+    result = {}
+    for row in rows:
+        times = result.setdefault((row["name"], row["sizes"], row["threads"]), {})
+        times.setdefault(row["baseline"], row["baseline_ms"])
+        times.setdefault(row["ours"], row["ours_ms"])
+    for key, times in result.items():
+        if "eager" not in times:
+            raise ValueError(f"{key[0]}: no row against eager, which the chart is relative to")
+        result[key] = {name: (times["eager"] / ms, ms) for name, ms in times.items()}
+    return result
+
+
+def draw(rows, path):
+    """Write the PNG; it appears whole or not at all. ImportError names what is missing."""
+    try:
+        import matplotlib
+
+        matplotlib.use("agg")
+        from matplotlib import pyplot
+    except ImportError as error:
+        raise ImportError(
+            f"a chart needs matplotlib ({error}): pip install 'adm_rt[bench]'"
+        ) from error
+    table = speeds(rows)
+    order = [*CONTENDERS["cpu"]]
+    names = sorted({n for bars in table.values() for n in bars}, key=order.index)
+    names = [n for n in names if n not in OURS] + [n for n in reversed(OURS) if n in names]
+    figure, axes = pyplot.subplots(
+        figsize=(8, 0.9 + len(table) * (0.32 + 0.17 * len(names))), constrained_layout=True
+    )
+    height = 0.86 / len(names)
+    for i, bars in enumerate(table.values()):
+        for j, name in enumerate(n for n in names if n in bars):
+            ratio, ms = bars[name]
+            place = i + (j + 0.5) * height - 0.43
+            axes.barh(place, ratio, height * 0.9, color=_colour(name))
+            text = f" {ratio:.2f}x  {_time(ms)}"
+            axes.text(ratio, place, text, va="center", fontsize=7.5, color="#334155")
+    labels = [
+        f"{name}\n{sizes}, {threads} thread{'s' * (threads > 1)}" for name, sizes, threads in table
+    ]
+    axes.set_yticks(range(len(table)), labels, fontsize=8.5)
+    axes.invert_yaxis()
+    axes.axvline(1, color="#94a3b8", linewidth=0.8)
+    axes.set_xlim(0, 1.22 * max(ratio for bars in table.values() for ratio, _ in bars.values()))
+    axes.set_xlabel("speed relative to eager PyTorch (higher is better)", fontsize=8.5)
+    axes.tick_params(axis="x", labelsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    handles = [pyplot.Rectangle((0, 0), 1, 1, color=_colour(n)) for n in names]
+    titles = [CONTENDERS["cpu"][n].title for n in names]
+    figure.legend(handles, titles, loc="outside upper center", ncols=3, fontsize=8, frameon=False)
+    figure.text(0.995, 0.004, rows[0]["processor"], ha="right", fontsize=6.5, color="#94a3b8")
+    temporary = f"{path}.part"
+    try:
+        figure.savefig(temporary, dpi=150, format="png")
+        os.replace(temporary, path)
+    finally:
+        pyplot.close(figure)
+        if os.path.exists(temporary):
+            os.remove(temporary)
+
+
+def _colour(name):
+    return _OURS_COLOURS[OURS.index(name)] if name in OURS else _OTHER_COLOURS[name]
+
+
+def _time(ms):
+    return f"{ms / 1e3:.2f} s" if ms >= 1000 else f"{ms:.1f} ms"
+
+
+def main(argv):
+    """Draw saved rows; exit code."""
+    if len(argv) < 2:
+        print("usage: python -m adm_rt.benchmarking.chart ROWS.json [...] CHART.png")
+        return 2
+    rows = []
+    for path in argv[:-1]:
+        with open(path) as file:
+            rows += json.load(file)
+    draw(rows, argv[-1])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

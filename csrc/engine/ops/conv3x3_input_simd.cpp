@@ -1,0 +1,252 @@
+// Input transform of conv3x3: V = B' d B for every tile, of d = pad(resample(act(a x + b))).
+//
+// For 16 channels and one segment, the rows of input are read, activated once per pixel and kept in
+// a buffer (the last two serve the segment below as well); then B' runs down all columns, each
+// shared by the tiles that overlap there, and B along the rows of each tile.
+#include <cstdint>
+
+#include "common/simd.h"
+#include "engine/ops/conv3x3_kernels.h"
+#include "engine/ops/conv3x3_winograd.h"
+
+namespace adm_rt::ADM_RT_ISA {
+namespace {
+
+constexpr int64_t kWidth = Vec::kWidth;
+constexpr int64_t kVecs = kConvChunk / kWidth;
+constexpr int64_t kMaxSize = 8;  // of an input tile
+constexpr int64_t kMaxColumns = kConvSegmentPixels + 2;
+constexpr int64_t kRowFloats = kMaxColumns * kConvChunk;
+
+// The 16 channels at hand: where they come from and go to.
+struct Channels {
+  const float* x;  // pixel (0, 0) of the image
+  int64_t stride;  // floats from pixel to pixel
+  int64_t count;   // <= kConvChunk
+  Vec a[kVecs];
+  Vec b[kVecs];
+};
+
+inline Vec load_channels(const float* p, int64_t count, int64_t vec) {
+  if (count == kConvChunk) return Vec::loadu(p + vec * kWidth);
+  const int64_t left = count - vec * kWidth;
+  return left <= 0 ? Vec::zero() : Vec::load_partial(p + vec * kWidth, static_cast<int>(left));
+}
+
+template <bool kAffine, bool kSilu>
+inline Vec activate(const Channels& c, const float* pixel, int64_t vec) {
+  Vec x = load_channels(pixel, c.count, vec);
+  if constexpr (kAffine) x = mul_add(c.a[vec], x, c.b[vec]);
+  if constexpr (kSilu) x = silu(x);
+  return x;
+}
+
+// Row `row` of the convolution's input, columns [first, first + columns), with zeros outside.
+template <bool kAffine, bool kSilu>
+void fill_row(const Conv3x3Shape& s, const Channels& c, int64_t row, int64_t first, int64_t columns,
+              float* out) {
+  int64_t begin = first < 0 ? -first : 0;  // columns inside the image
+  int64_t end = s.width - first < columns ? s.width - first : columns;
+  if (row < 0 || row >= s.height) begin = end = columns;
+  for (int64_t i = 0; i < begin * kConvChunk; i += kWidth) Vec::zero().store(out + i);
+  for (int64_t i = end * kConvChunk; i < columns * kConvChunk; i += kWidth) {
+    Vec::zero().store(out + i);
+  }
+  switch (s.resample) {
+    case Resample::kNone: {
+      const float* in = c.x + (row * s.in_width + first) * c.stride;
+      for (int64_t i = begin; i < end; ++i) {
+        for (int64_t v = 0; v < kVecs; ++v) {
+          activate<kAffine, kSilu>(c, in + i * c.stride, v)
+              .store(out + i * kConvChunk + v * kWidth);
+        }
+      }
+      break;
+    }
+    case Resample::kAveragePool: {
+      const float* upper = c.x + (2 * row * s.in_width + 2 * first) * c.stride;
+      const float* lower = upper + s.in_width * c.stride;
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t left = 2 * i * c.stride, right = left + c.stride;
+        for (int64_t v = 0; v < kVecs; ++v) {
+          const Vec sum = (activate<kAffine, kSilu>(c, upper + left, v) +
+                           activate<kAffine, kSilu>(c, upper + right, v)) +
+                          (activate<kAffine, kSilu>(c, lower + left, v) +
+                           activate<kAffine, kSilu>(c, lower + right, v));
+          (sum * Vec::set1(0.25f)).store(out + i * kConvChunk + v * kWidth);
+        }
+      }
+      break;
+    }
+    case Resample::kNearestUp: {
+      const float* in = c.x + row / 2 * s.in_width * c.stride;
+      for (int64_t i = begin; i < end; ++i) {
+        float* to = out + i * kConvChunk;
+        // The second of two equal pixels; the sum is even or odd as its column in the image is.
+        const bool again = i > begin && ((first + i) & 1) != 0;
+        const float* pixel = in + (first + i) / 2 * c.stride;
+        for (int64_t v = 0; v < kVecs; ++v, to += kWidth) {
+          (again ? Vec::load(to - kConvChunk) : activate<kAffine, kSilu>(c, pixel, v)).store(to);
+        }
+      }
+      break;
+    }
+  }
+}
+
+void fill(const Conv3x3Shape& s, const Channels& c, bool affine, int64_t row, int64_t first,
+          int64_t columns, float* out) {
+  if (affine) {
+    return s.silu ? fill_row<true, true>(s, c, row, first, columns, out)
+                  : fill_row<true, false>(s, c, row, first, columns, out);
+  }
+  return s.silu ? fill_row<false, true>(s, c, row, first, columns, out)
+                : fill_row<false, false>(s, c, row, first, columns, out);
+}
+
+// sum + c * x for a constant of the transform.
+inline Vec add_scaled(Vec sum, double c, Vec x) {
+  if (c == 1.0) return sum + x;
+  if (c == -1.0) return sum - x;
+  return mul_add(Vec::set1(static_cast<float>(c)), x, sum);
+}
+
+// B' d for one column or row of a tile.
+template <int kTile>
+inline void transform(const Vec (&d)[kTile + 2], Vec (&out)[kTile + 2]) {
+  constexpr Winograd<kTile> w;
+  constexpr int kPairs = kTile / 2;
+  Vec first = d[kTile], last = d[kTile + 1];  // the leading coefficient is 1
+#pragma GCC unroll 8
+  for (int j = 0; j < kPairs; ++j) {
+    first = add_scaled(first, w.even[j], d[2 * j]);
+    last = add_scaled(last, w.even[j], d[2 * j + 1]);
+  }
+  out[0] = first;
+  out[kTile + 1] = last;
+#pragma GCC unroll 8
+  for (int i = 0; i < kPairs; ++i) {
+    Vec even = d[kTile], odd = d[kTile - 1];
+#pragma GCC unroll 8
+    for (int j = 0; j < kPairs - 1; ++j) {
+      even = add_scaled(even, w.odd[i][j], d[2 * j + 2]);
+      odd = add_scaled(odd, w.odd[i][j], d[2 * j + 1]);
+    }
+    out[1 + 2 * i] = add_scaled(even, w.power[i][1], odd);
+    out[2 + 2 * i] = add_scaled(even, -w.power[i][1], odd);
+  }
+}
+
+template <int kTile>
+void columns_down(float* const* rows, int64_t columns, float* out) {
+  constexpr int kSize = kTile + 2;
+  for (int64_t i = 0; i < columns * kConvChunk; i += kWidth) {
+    Vec d[kSize], v[kSize];
+#pragma GCC unroll 8
+    for (int r = 0; r < kSize; ++r) d[r] = Vec::load(rows[r] + i);
+    transform<kTile>(d, v);
+#pragma GCC unroll 8
+    for (int r = 0; r < kSize; ++r) v[r].store(out + r * kRowFloats + i);
+  }
+}
+
+template <int kTile, bool kWhole>
+void rows_along(const float* in, int64_t tiles, int64_t count, float* v, int64_t v_row,
+                int64_t v_plane) {
+  constexpr int kSize = kTile + 2;
+  for (int64_t r = 0; r < kSize; ++r, in += kRowFloats, v += kSize * v_plane) {
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+#pragma GCC unroll 2
+      for (int64_t vec = 0; vec < kVecs; ++vec) {
+        const float* from = in + tile * kTile * kConvChunk + vec * kWidth;
+        Vec d[kSize], out[kSize];
+#pragma GCC unroll 8
+        for (int i = 0; i < kSize; ++i) d[i] = Vec::load(from + i * kConvChunk);
+        transform<kTile>(d, out);
+        float* to = v + tile * v_row + vec * kWidth;
+        const int left = static_cast<int>(count - vec * kWidth);
+#pragma GCC unroll 8
+        for (int i = 0; i < kSize; ++i) {
+          if constexpr (kWhole) {
+            out[i].storeu(to + i * v_plane);
+          } else {
+            if (left > 0) out[i].store_partial(to + i * v_plane, left);
+          }
+        }
+      }
+    }
+  }
+}
+
+template <int kTile>
+void input(const Conv3x3Shape& s, const Conv3x3Tensors& t, const Conv3x3Block& block, int64_t chunk,
+           int64_t begin, int64_t end) {
+  constexpr int kSize = kTile + 2;
+  alignas(64) float buffer[kMaxSize * kRowFloats];
+  alignas(64) float down[kMaxSize * kRowFloats];
+  float* rows[kSize];
+  for (int64_t r = 0; r < kSize; ++r) rows[r] = buffer + r * kRowFloats;
+
+  // The chunk's source, and its first channel there and in the concatenation.
+  const int64_t chunks1 = (s.channels1 + kConvChunk - 1) / kConvChunk;
+  const bool second = chunk >= chunks1;
+  const int64_t channels = second ? s.channels2 : s.channels1;
+  const int64_t channel = (second ? chunk - chunks1 : chunk) * kConvChunk;
+  const int64_t joined = channel + (second ? s.channels1 : 0);
+  Channels c;
+  c.stride = channels;
+  c.count = channels - channel < kConvChunk ? channels - channel : kConvChunk;
+
+  const int64_t tiles_before = conv3x3_tiles_before(s, block.segment_begin);
+  int64_t image = -1;
+  for (int64_t index = begin; index < end; ++index) {
+    const Conv3x3Segment segment = conv3x3_segment(s, index);
+    if (segment.image != image) {
+      image = segment.image;
+      c.x = (second ? t.x2 : t.x) + image * s.in_height * s.in_width * channels + channel;
+      if (t.affine != nullptr) {
+        const int64_t all = s.channels1 + s.channels2;
+        const float* a = t.affine + image * 2 * all + joined;
+        for (int64_t v = 0; v < kVecs; ++v) {
+          c.a[v] = load_channels(a, c.count, v);
+          c.b[v] = load_channels(a + all, c.count, v);
+        }
+      }
+    }
+    const int64_t columns = segment.tiles * kTile + 2;
+    int64_t have = 0;  // rows left over from the segment above
+    if (index > begin && segment.row > 0) {
+      have = 2;
+      float* old[kSize];
+      for (int64_t r = 0; r < kSize; ++r) old[r] = rows[r];
+      for (int64_t r = 0; r < kSize; ++r) rows[r] = old[(r + kTile) % kSize];
+    }
+    for (int64_t r = have; r < kSize; ++r) {
+      fill(s, c, t.affine != nullptr, segment.row * kTile - 1 + r, segment.column * kTile - 1,
+           columns, rows[r]);
+    }
+    columns_down<kTile>(rows, columns, down);
+    float* v = block.v + (conv3x3_tiles_before(s, index) - tiles_before) * s.v_row + joined;
+    if (c.count == kConvChunk) {
+      rows_along<kTile, true>(down, segment.tiles, c.count, v, s.v_row, block.v_plane);
+    } else {
+      rows_along<kTile, false>(down, segment.tiles, c.count, v, s.v_row, block.v_plane);
+    }
+  }
+}
+
+}  // namespace
+
+void conv3x3_input(const Conv3x3Shape& s, const Conv3x3Tensors& t, const Conv3x3Block& block,
+                   int64_t chunk, int64_t begin, int64_t end) {
+  switch (s.tile) {
+    case 2:
+      return input<2>(s, t, block, chunk, begin, end);
+    case 4:
+      return input<4>(s, t, block, chunk, begin, end);
+    case 6:
+      return input<6>(s, t, block, chunk, begin, end);
+  }
+}
+
+}  // namespace adm_rt::ADM_RT_ISA

@@ -1,0 +1,194 @@
+// Output transform of conv3x3: Y = A' M A for every tile, then
+// y = (Y + bias + resample(residual)) * output_scale, and the moments of the segment.
+#include <cstdint>
+
+#include "common/simd.h"
+#include "engine/ops/conv3x3_kernels.h"
+#include "engine/ops/conv3x3_winograd.h"
+
+namespace adm_rt::ADM_RT_ISA {
+namespace {
+
+constexpr int64_t kWidth = Vec::kWidth;
+
+// A' m for one column or row of a tile.
+template <int kTile>
+inline void transform(const Vec (&m)[kTile + 2], Vec (&y)[kTile]) {
+  constexpr Winograd<kTile> w;
+  constexpr int kPairs = kTile / 2;
+  Vec sum[kPairs], difference[kPairs];
+#pragma GCC unroll 8
+  for (int i = 0; i < kPairs; ++i) {
+    sum[i] = m[1 + 2 * i] + m[2 + 2 * i];
+    difference[i] = m[1 + 2 * i] - m[2 + 2 * i];
+  }
+#pragma GCC unroll 8
+  for (int k = 0; k < kTile; ++k) {
+    const Vec* half = k % 2 == 0 ? sum : difference;
+    Vec value = k == 0 ? m[0] + half[0] : Vec::set1(static_cast<float>(w.power[0][k])) * half[0];
+#pragma GCC unroll 8
+    for (int i = 1; i < kPairs; ++i) {
+      value = k == 0 ? value + half[i]
+                     : mul_add(Vec::set1(static_cast<float>(w.power[i][k])), half[i], value);
+    }
+    y[k] = k == kTile - 1 ? value + m[kTile + 1] : value;
+  }
+}
+
+// One vector of channels of one segment.
+struct Channels {
+  int64_t first;
+  int64_t count;  // <= kWidth
+  Vec bias;
+};
+
+inline Vec load_channels(const float* p, int64_t count) {
+  return count >= kWidth ? Vec::loadu(p) : Vec::load_partial(p, static_cast<int>(count));
+}
+
+inline void store_channels(Vec v, float* p, int64_t count) {
+  if (count >= kWidth) {
+    v.storeu(p);
+  } else {
+    v.store_partial(p, static_cast<int>(count));
+  }
+}
+
+// The residual at pixel (row, column) of y; `image` is the residual's first pixel.
+inline Vec load_residual(const Conv3x3Shape& s, const float* image, int64_t row, int64_t column,
+                         int64_t count) {
+  const int64_t channels = s.channels_out;
+  switch (s.residual_resample) {
+    case Resample::kNone:
+      break;
+    case Resample::kNearestUp:
+      return load_channels(image + (row / 2 * (s.width / 2) + column / 2) * channels, count);
+    case Resample::kAveragePool: {
+      const float* upper = image + (2 * row * s.residual_width + 2 * column) * channels;
+      const float* lower = upper + s.residual_width * channels;
+      const Vec sum = (load_channels(upper, count) + load_channels(upper + channels, count)) +
+                      (load_channels(lower, count) + load_channels(lower + channels, count));
+      return sum * Vec::set1(0.25f);
+    }
+  }
+  return load_channels(image + (row * s.width + column) * channels, count);
+}
+
+// Sums of (y - pilot) and its square, where the pilot is the segment's first value.
+struct Moments {
+  Vec pilot, sum, square;
+};
+
+template <int kTile>
+inline void inverse(const float* m, int64_t m_plane, Vec (&y)[kTile][kTile]) {
+  constexpr int kSize = kTile + 2;
+  Vec down[kTile][kSize];
+#pragma GCC unroll 8
+  for (int j = 0; j < kSize; ++j) {
+    Vec column[kSize], out[kTile];
+#pragma GCC unroll 8
+    for (int i = 0; i < kSize; ++i) column[i] = Vec::load(m + (i * kSize + j) * m_plane);
+    transform<kTile>(column, out);
+#pragma GCC unroll 8
+    for (int i = 0; i < kTile; ++i) down[i][j] = out[i];
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < kTile; ++i) transform<kTile>(down[i], y[i]);
+}
+
+template <int kTile, bool kResidual, bool kMoments>
+void output_segment(const Conv3x3Shape& s, const Conv3x3Tensors& t, const Conv3x3Segment& segment,
+                    const Channels& c, const float* m, int64_t m_plane, Moments* moments) {
+  const Vec scale = Vec::set1(s.output_scale);
+  float* y_image = t.y + segment.image * s.height * s.width * s.channels_out + c.first;
+  const float* residual = nullptr;
+  if constexpr (kResidual) {
+    residual = t.residual + segment.image * s.residual_height * s.residual_width * s.channels_out +
+               c.first;
+  }
+  Moments sums;
+  for (int64_t tile = 0; tile < segment.tiles; ++tile, m += s.m_row) {
+    Vec out[kTile][kTile];
+    inverse<kTile>(m, m_plane, out);
+    const int64_t row0 = segment.row * kTile, column0 = (segment.column + tile) * kTile;
+    const int64_t rows = s.height - row0, columns = s.width - column0;
+    if (kMoments && tile == 0) {
+      Vec first = out[0][0] + c.bias;
+      if constexpr (kResidual) first = first + load_residual(s, residual, row0, column0, c.count);
+      sums = {first * scale, Vec::zero(), Vec::zero()};
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < kTile; ++i) {
+      if (i >= rows) break;
+      float* y = y_image + ((row0 + i) * s.width + column0) * s.channels_out;
+#pragma GCC unroll 8
+      for (int j = 0; j < kTile; ++j) {
+        if (j >= columns) break;
+        Vec value = out[i][j] + c.bias;
+        if constexpr (kResidual) {
+          value = value + load_residual(s, residual, row0 + i, column0 + j, c.count);
+        }
+        value = value * scale;
+        store_channels(value, y + j * s.channels_out, c.count);
+        if constexpr (kMoments) {
+          const Vec d = value - sums.pilot;
+          sums.sum = sums.sum + d;
+          sums.square = mul_add(d, d, sums.square);
+        }
+      }
+    }
+  }
+  if constexpr (kMoments) *moments = sums;
+}
+
+template <int kTile>
+void output(const Conv3x3Shape& s, const Conv3x3Tensors& t, const Conv3x3Block& block,
+            int64_t chunk, int64_t begin, int64_t end) {
+  const int64_t tiles_before = conv3x3_tiles_before(s, block.segment_begin);
+  for (int64_t index = begin; index < end; ++index) {
+    const Conv3x3Segment segment = conv3x3_segment(s, index);
+    const int64_t tile = conv3x3_tiles_before(s, index) - tiles_before;
+    for (int64_t first = chunk * kConvChunk;
+         first < s.channels_out && first < (chunk + 1) * kConvChunk; first += kWidth) {
+      Channels c = {first, s.channels_out - first, Vec::zero()};
+      if (t.bias != nullptr) c.bias = load_channels(t.bias + first, c.count);
+      const float* m = block.m + tile * s.m_row + first;
+      if (t.moments == nullptr) {
+        if (t.residual == nullptr) {
+          output_segment<kTile, false, false>(s, t, segment, c, m, block.m_plane, nullptr);
+        } else {
+          output_segment<kTile, true, false>(s, t, segment, c, m, block.m_plane, nullptr);
+        }
+        continue;
+      }
+      Moments sums;
+      if (t.residual == nullptr) {
+        output_segment<kTile, false, true>(s, t, segment, c, m, block.m_plane, &sums);
+      } else {
+        output_segment<kTile, true, true>(s, t, segment, c, m, block.m_plane, &sums);
+      }
+      const Vec share = Vec::set1(1.0f / static_cast<float>(conv3x3_segment_pixels(s, segment)));
+      const Vec shift = sums.sum * share;
+      float* moments = t.moments + index * 2 * s.channels_out + first;
+      store_channels(sums.pilot + shift, moments, c.count);
+      store_channels(max(Vec::zero(), sums.square - sums.sum * shift), moments + s.channels_out,
+                     c.count);
+    }
+  }
+}
+
+}  // namespace
+
+void conv3x3_output(const Conv3x3Shape& s, const Conv3x3Tensors& t, const Conv3x3Block& block,
+                    int64_t chunk, int64_t begin, int64_t end) {
+  switch (s.tile) {
+    case 2:
+      return output<2>(s, t, block, chunk, begin, end);
+    case 4:
+      return output<4>(s, t, block, chunk, begin, end);
+    case 6:
+      return output<6>(s, t, block, chunk, begin, end);
+  }
+}
+
+}  // namespace adm_rt::ADM_RT_ISA

@@ -1,0 +1,79 @@
+// Winograd's minimal filtering F(m x m, 3 x 3) for m = 2, 4, 6 (Lavin & Gray 2016, in the
+// Cook-Toom form): Y = A' [(G g G') . (B' d B)] A. An m x m tile of outputs takes (m+2)^2 products
+// per pair of channels instead of 9 m^2.
+//
+// The points are 0, infinity and pairs +-p, so that every transform splits into even and odd
+// halves. m = 2 has p = 1. m = 4 has p = 1/sqrt2, sqrt2: half the error of the usual 1, 2, as no
+// power of a point is far from 1. m = 6 has p = 1/2, 1, 2.
+#pragma once
+
+#include <cstdint>
+
+namespace adm_rt {
+
+template <int kTile>
+struct WinogradPoints;
+template <>
+struct WinogradPoints<2> {
+  static constexpr double kPoint[1] = {1.0};
+};
+template <>
+struct WinogradPoints<4> {
+  static constexpr double kPoint[2] = {0.70710678118654752440, 1.41421356237309504880};
+};
+template <>
+struct WinogradPoints<6> {
+  static constexpr double kPoint[3] = {0.5, 1.0, 2.0};
+};
+
+// Coefficients of the transforms. Rows of B', G and columns of A' go with the points
+// 0, +p0, -p0, +p1, -p1, ..., infinity.
+template <int kTile>
+struct Winograd {
+  static constexpr int kPairs = kTile / 2;
+  static constexpr int kSize = kTile + 2;  // of the input tile
+  static constexpr int kPlanes = kSize * kSize;
+
+  double even[kPairs + 1] = {};      // of prod (y - p^2), lowest power first: x times this in x^2
+                                     // vanishes on all finite points
+  double odd[kPairs][kPairs] = {};   // of the same product without pair i
+  double power[kPairs][kTile] = {};  // p^k
+  double weight[kPairs][3] = {};     // p^k / (product of differences to the other points)
+  double weight_zero = 1.0;
+
+  constexpr Winograd() {
+    even[0] = 1.0;
+    for (int i = 0; i < kPairs; ++i) {
+      const double p = WinogradPoints<kTile>::kPoint[i];
+      multiply(even, i, p * p);
+      odd[i][0] = 1.0;
+      double product = 2.0 * p * p;  // p - 0 times p - (-p)
+      int degree = 0;
+      for (int j = 0; j < kPairs; ++j) {
+        if (j == i) continue;
+        const double other = WinogradPoints<kTile>::kPoint[j];
+        multiply(odd[i], degree++, other * other);
+        product *= p * p - other * other;
+      }
+      double value = 1.0;
+      for (int k = 0; k < kTile || k < 3; ++k) {
+        if (k < kTile) power[i][k] = value;
+        if (k < 3) weight[i][k] = value / product;
+        value *= p;
+      }
+    }
+    weight_zero = 1.0 / even[0];
+  }
+
+ private:
+  // polynomial *= (y - root), in place.
+  static constexpr void multiply(double* polynomial, int degree, double root) {
+    polynomial[degree + 1 <= kPairs ? degree + 1 : kPairs] = polynomial[degree];
+    for (int j = degree; j > 0; --j) {
+      polynomial[j] = polynomial[j - 1] - root * polynomial[j];
+    }
+    polynomial[0] *= -root;
+  }
+};
+
+}  // namespace adm_rt

@@ -16,3 +16,10 @@ def check_integer(name: str, value, low: int, high: int) -> int:
     if isinstance(value, (bool, np.bool_)) or not low <= number <= high:
         raise ValueError(f"{name} must be an integer from {low} to {high}, got {value!r}")
     return number
+
+
+def check_flag(name, value) -> bool:
+    """value as a bool; TypeError names the argument."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+    return bool(value)

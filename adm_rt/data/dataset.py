@@ -7,7 +7,7 @@ import warnings
 
 import numpy as np
 
-from adm_rt.data.arguments import check_integer
+from adm_rt.data.arguments import check_flag, check_integer
 from adm_rt.data.crop import center_crop, random_crop
 from adm_rt.data.keyed_random import CROP_DRAWS, uniform
 from adm_rt.errors import DataError
@@ -48,8 +48,8 @@ class Dataset:
         self.num_images = num_images
         self.num_classes = num_classes
         self.class_names = class_names
-        self.random_crop = _check_flag("random_crop", random_crop)
-        self.random_flip = _check_flag("random_flip", random_flip)
+        self.random_crop = check_flag("random_crop", random_crop)
+        self.random_flip = check_flag("random_flip", random_flip)
         if self.random_flip and not self.can_flip:
             raise ValueError(f"random_flip: {self.name} are characters; mirrored they are others")
         if on_bad not in ON_BAD:
@@ -91,7 +91,7 @@ class Dataset:
                     raise DataError(
                         f"{where}: {error}. Repair or remove it, or let on_bad='skip' put the next "
                         "image in its place"
-                    ) from None
+                    ) from error.__cause__
                 self._report(where, str(error))
                 if len(self.bad) == self.num_images:
                     break
@@ -167,8 +167,6 @@ def choose_classes(name, found, num_classes, class_cond, hint):
     found: classes seen in the data, None without labels; num_classes: asked for, None: as found;
     class_cond: True must have labels, False leaves them out, None takes them if they are there.
     """
-    if class_cond is not None:
-        _check_flag("class_cond", class_cond)
     if num_classes is not None:
         num_classes = check_integer("num_classes", num_classes, 1, 2**31 - 1)
     if class_cond is False:
@@ -184,9 +182,3 @@ def choose_classes(name, found, num_classes, class_cond, hint):
             f"{num_classes - 1}"
         )
     return found if num_classes is None else num_classes
-
-
-def _check_flag(name, value):
-    if not isinstance(value, (bool, np.bool_)):
-        raise TypeError(f"{name} must be True or False, got {value!r}")
-    return bool(value)

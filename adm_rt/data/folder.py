@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 
+import numpy as np
+
+from adm_rt.data.arguments import check_flag
 from adm_rt.data.dataset import Dataset, choose_classes
 from adm_rt.data.image_file import read_image
 from adm_rt.errors import DataError
@@ -41,7 +44,7 @@ class ImageFolder(Dataset):
         if class_from not in CLASS_FROM:
             raise ValueError(f"class_from must be one of {CLASS_FROM}, got {class_from!r}")
         self.folder = os.fspath(folder)
-        self.exif_rotation = exif_rotation
+        self.exif_rotation = check_flag("exif_rotation", exif_rotation)
         self.paths = list_images(self.folder)
         if not self.paths:
             raise DataError(
@@ -56,7 +59,7 @@ class ImageFolder(Dataset):
         self._labels = None
         if count is not None:
             number = {name: i for i, name in enumerate(names)}
-            self._labels = [number[kind] for kind in kinds]
+            self._labels = np.array([number[kind] for kind in kinds], np.int32)
             self.class_names = names if count == found else None
 
     def _classes(self, class_from, required):
@@ -101,21 +104,22 @@ def list_images(folder) -> list[str]:
 
     def walk(path, inside, above):
         try:
-            entries = sorted(os.listdir(path))
+            with os.scandir(path) as listing:
+                entries = sorted(listing, key=lambda entry: entry.name)
         except NotADirectoryError:
             raise DataError(f"{path} is not a folder") from None
         except FileNotFoundError:
             raise DataError(f"{path}: there is no such folder") from None
         for entry in entries:
-            if entry.startswith("."):
+            if entry.name.startswith("."):
                 continue
-            full, relative = os.path.join(path, entry), os.path.join(inside, entry)
-            if os.path.splitext(entry)[1][1:].lower() in EXTENSIONS:
-                found.append(relative)
-            elif os.path.isdir(full):
-                real = os.path.realpath(full)
+            relative = os.path.join(inside, entry.name)
+            if entry.is_dir():
+                real = os.path.realpath(entry.path)
                 if real not in above:
-                    walk(full, relative, above | {real})
+                    walk(entry.path, relative, above | {real})
+            elif entry.name.rpartition(".")[2].lower() in EXTENSIONS and "." in entry.name:
+                found.append(relative)
 
     walk(os.fspath(folder), "", {os.path.realpath(folder)})
     return found

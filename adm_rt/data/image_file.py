@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-
 import numpy as np
 
 from adm_rt.errors import DataError
@@ -22,15 +20,11 @@ def read_image(file, exif_rotation: bool = False):
     from PIL import Image, ImageOps
 
     try:
-        with warnings.catch_warnings():
-            # Between one and two times Image.MAX_IMAGE_PIXELS Pillow warns, above it refuses.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(file)
-        with image:
+        with Image.open(file) as image:
             image.load()
             if exif_rotation:
                 image = ImageOps.exif_transpose(image)
-            return _to_rgb(image)
+            return to_rgb(image)
     except (DataError, MemoryError):
         raise
     except Image.DecompressionBombError as error:
@@ -45,13 +39,14 @@ def read_image(file, exif_rotation: bool = False):
         raise DataError(f"the image is damaged ({_reason(error)})") from None
 
 
-def _to_rgb(image):
+def to_rgb(image):
+    """The PIL image in mode RGB; DataError when its values have no known range."""
     from PIL import Image
 
     if image.mode == "RGB":
         return image
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
-        values = np.asarray(image).astype(np.int64)
+        values = np.asarray(image).astype(np.uint32)
         return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
         raise DataError(

@@ -45,8 +45,13 @@ class LsunDatabase(Dataset):
         return f"{self.folder}, key {self._key(index).decode('utf-8', 'backslashreplace')}"
 
     def _read(self, index):
-        with self._environment.begin() as transaction:
-            value = transaction.get(self._key(index))
+        import lmdb
+
+        try:
+            with self._environment.begin() as transaction:
+                value = transaction.get(self._key(index))
+        except lmdb.Error as error:
+            raise DataError(f"the database is damaged ({error})") from None
         return read_image(io.BytesIO(value)), None
 
     def _center_crop(self, image):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+import struct
 import zipfile
 import zlib
 
@@ -15,6 +17,9 @@ from adm_rt.errors import DataError
 # Pixels hardly ever compress more than this; a file that claims it would fill the memory.
 _MAX_COMPRESSION = 1000
 _CHUNK = 1 << 20
+# What zipfile, its decompressors and NumPy raise on bytes that are not what they should be; the
+# last is for encryption and unknown compression.
+_DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, ValueError, struct.error, RuntimeError)
 
 
 class NpzDataset(ArrayDataset):
@@ -29,9 +34,9 @@ class NpzDataset(ArrayDataset):
         path = os.fspath(path)
         try:
             images, labels = read_npz(path)
-        except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, NotImplementedError) as error:
-            if isinstance(error, DataError):
-                raise
+        except DataError:
+            raise
+        except _DAMAGE as error:
             raise DataError(f"{path} is not a readable .npz file: {error}") from None
         found = None
         if labels is not None and class_cond is not False:
@@ -78,10 +83,15 @@ def _header(archive, info):
             f"from {info.compress_size:,}; refused"
         )
     with archive.open(info) as file:
-        shape, _, dtype, _ = _read_header(file)
+        shape, _, dtype, length = _read_header(file)
     if dtype.hasobject:
         raise DataError(
             f"{archive.filename}: {info.filename} holds pickled Python objects, never loaded here"
+        )
+    if length + math.prod(shape) * dtype.itemsize != info.file_size:
+        raise DataError(
+            f"{archive.filename}: {info.filename} is {info.file_size:,} bytes long, too few or too "
+            f"many for {dtype} {list(shape)}"
         )
     return shape, dtype
 
@@ -112,7 +122,7 @@ def _load(path, archive, info):
         local = raw.read(30)
         begin = info.header_offset + 30 + int.from_bytes(local[26:28], "little")
         begin += int.from_bytes(local[28:30], "little") + length
-    if begin + int(np.prod(shape)) * dtype.itemsize > os.path.getsize(path):
+    if begin + math.prod(shape) * dtype.itemsize > os.path.getsize(path):
         raise DataError(f"{path}: {info.filename} ends before its {list(shape)} {dtype} do")
     order = "F" if fortran else "C"
     return np.memmap(path, dtype, "r", begin, shape, order)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+from adm_rt.data.arguments import check_flag
 from adm_rt.data.dataset import Dataset
 from adm_rt.data.digits import DIGIT_SPLITS, Digits
 from adm_rt.data.folder import ImageFolder
@@ -54,6 +55,8 @@ def open_dataset(
         "class_cond": class_cond,
         "num_classes": num_classes,
     }
+    if class_cond is not None:
+        check_flag("class_cond", class_cond)
     kind, arguments = _kind(spec)
     for name, value in (("class_from", class_from), ("exif_rotation", exif_rotation)):
         if value is not None:
@@ -71,7 +74,7 @@ def _kind(spec):
         raise TypeError(
             f"data must be a name, a path or a map-style torch Dataset, got {spec!r:.80}"
         )
-    path = os.fspath(spec)
+    path = os.fsdecode(spec)
     if path == "glyphs":
         return Glyphs, {}
     if path == "digits" or path.startswith("digits:"):

@@ -12,7 +12,9 @@ from adm_rt.data.keyed_random import shuffled
 from adm_rt.data.workers import Workers
 
 _MAX_WORKERS = 256
-_CHUNKS_PER_WORKER = 4
+# Images of one job: enough that sets that draw many at once gain by it, few enough that Ctrl-C and
+# the end of the program, which wait for the jobs that have begun, come soon.
+_CHUNK = 16
 
 
 class BatchStream:
@@ -31,6 +33,10 @@ class BatchStream:
     """
 
     def __init__(self, dataset, batch_size: int, seed: int, *, workers: int = 0, shuffle=True):
+        if not hasattr(dataset, "get_many"):
+            raise TypeError(
+                f"dataset must be what open_dataset gives, got {type(dataset).__name__}"
+            )
         self.dataset = dataset
         self.batch_size = check_integer("batch_size", batch_size, 1, 2**31 - 1)
         self.seed = check_integer("seed", seed, 0, 2**63 - 1)
@@ -49,15 +55,11 @@ class BatchStream:
     def share(self, rank: int = 0, world_size: int = 1) -> tuple[int, int]:
         """(first, last + 1) of the places in a batch that are the rank's.
 
-        Shares are contiguous, in rank order, and differ by at most one image.
+        Shares are contiguous, in rank order, and differ by at most one image; with more ranks than
+        images some are empty.
         """
         world_size = check_integer("world_size", world_size, 1, 2**31 - 1)
         rank = check_integer("rank", rank, 0, world_size - 1)
-        if self.batch_size < world_size:
-            raise ValueError(
-                f"batch_size={self.batch_size} (of all processes together) leaves some of the "
-                f"{world_size} processes without an image; it must be at least {world_size}"
-            )
         return self.batch_size * rank // world_size, self.batch_size * (rank + 1) // world_size
 
     def indices(self, step: int, rank: int = 0, world_size: int = 1):
@@ -123,7 +125,7 @@ class BatchStream:
 
     def _submit(self, step, rank, world_size):
         indices, draws = self.indices(step, rank, world_size)
-        count = min(len(indices), self.workers * _CHUNKS_PER_WORKER)
+        count = max(-(-len(indices) // _CHUNK), min(len(indices), self.workers), 1)
         chunks = zip(np.array_split(indices, count), np.array_split(draws, count))
         return [self._pool.submit(self.dataset.get_many, *chunk) for chunk in chunks]
 

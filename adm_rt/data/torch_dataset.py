@@ -7,6 +7,7 @@ import threading
 import numpy as np
 
 from adm_rt.data.dataset import Dataset, choose_classes
+from adm_rt.data.image_file import to_rgb
 from adm_rt.errors import DataError
 
 _ALLOWED = (
@@ -50,8 +51,13 @@ class TorchDataset(Dataset):
         self._one_at_a_time = threading.Lock()
 
     def _read(self, index):
-        with self._one_at_a_time:
-            item = self._dataset[index]
+        try:
+            with self._one_at_a_time:
+                item = self._dataset[index]
+        except OSError as error:
+            if error.errno is not None:
+                raise
+            raise DataError(f"the image is damaged ({error})") from error  # what Pillow raises
         image, label = item, None
         if isinstance(item, (tuple, list)):
             if not item:
@@ -59,29 +65,29 @@ class TorchDataset(Dataset):
             image, label = item[0], item[1] if len(item) > 1 else None
         if label is not None and getattr(label, "ndim", None) == 0:
             label = label.item()
-        return _to_rgb(image), label
+        return _to_pixels(image), label
 
 
-def _to_rgb(image):
+def _to_pixels(image):
     """A PIL image in mode RGB, or uint8 [H, W, 3]."""
     if hasattr(image, "convert") and hasattr(image, "mode"):
-        return image if image.mode == "RGB" else image.convert("RGB")
+        return to_rgb(image)
     if hasattr(image, "detach"):
-        image = image.detach().cpu()
-        channels_last = image.permute(1, 2, 0).numpy() if image.ndim == 3 else image.numpy()
-        if image.dtype.is_floating_point and image.ndim == 3:
-            low, high = float(image.min()), float(image.max())
+        pixels = image.detach().cpu()
+        if pixels.dtype.is_floating_point and pixels.numel():
+            low, high = float(pixels.min()), float(pixels.max())
             if not (low >= 0 and high <= 1):
                 raise DataError(f"a float image must lie in [0, 1], this one in [{low}, {high}]")
-            channels_last = np.rint(channels_last.astype(np.float64) * 255).astype(np.uint8)
+            pixels = (pixels.double() * 255).round().byte()
+        pixels = pixels.permute(1, 2, 0) if pixels.ndim == 3 else pixels
+        shape, dtype = pixels.shape, str(image.dtype)
     else:
-        channels_last = np.asarray(image)
-        if channels_last.ndim == 2:
-            channels_last = channels_last[..., None]
-    shape, dtype = channels_last.shape, channels_last.dtype
-    if dtype != np.uint8 or len(shape) != 3 or shape[2] not in (1, 3) or 0 in shape:
+        pixels = np.asarray(image)
+        pixels = pixels[..., None] if pixels.ndim == 2 else pixels
+        shape, dtype = pixels.shape, str(pixels.dtype)
+    if "uint8" not in str(pixels.dtype) or len(shape) != 3 or shape[2] not in (1, 3) or 0 in shape:
         raise DataError(
             f"an image is {type(image).__name__} {dtype} {list(getattr(image, 'shape', shape))}; "
             f"allowed: {_ALLOWED}"
         )
-    return np.ascontiguousarray(np.broadcast_to(channels_last, (*shape[:2], 3)))
+    return np.ascontiguousarray(np.broadcast_to(np.asarray(pixels), (*shape[:2], 3)))

@@ -7,6 +7,8 @@ import queue
 import threading
 from concurrent.futures import Future
 
+_PATIENCE = 5.0  # seconds per thread
+
 
 class Workers:
     """`count` threads that run functions in the order they were given.
@@ -32,7 +34,7 @@ class Workers:
         return future
 
     def close(self):
-        """Stops after the jobs that are running (one image chunk per thread)."""
+        """Stops after the jobs that are running, one per thread."""
         if os.getpid() != self.pid:
             return  # a forked child has no threads to stop
         self._closing.set()
@@ -40,7 +42,7 @@ class Workers:
             self._jobs.put(None)
         for thread in self._threads:
             if thread is not threading.current_thread():
-                thread.join()
+                thread.join(_PATIENCE)  # a read that hangs must not keep the program
 
 
 def _serve(jobs, closing):

@@ -20,7 +20,7 @@ COMMANDS = {
     "info": ("adm_rt.commands.info", "what this build is and uses, and why; or about one model"),
     "convert": ("adm_rt.commands.convert", "released .pt <-> folder of safetensors"),
     "train": ("adm_rt.training.cli", "train a diffusion model or a noisy classifier"),
-    "bench": ("adm_rt.benchmarking", "time the ops against plain torch"),
+    "bench": ("adm_rt.benchmarking", "time the ops, networks and samples against the alternatives"),
 }
 
 

@@ -10,7 +10,7 @@ from adm_rt.benchmarking import baselines
 from adm_rt.ops import reference
 
 KEYS = {"name", "sizes", "device", "ours_ms", "baseline_ms", "ratio", "max_error"}
-QUICK = ["ops", "--batch", "1", "--rounds", "1"]
+QUICK = ["ops", "--batch", "1", "--rounds", "1", "--model", "none"]
 
 
 @pytest.fixture(autouse=True)
@@ -76,6 +76,7 @@ def test_wrong_results_are_not_timed(tmp_path, monkeypatch, capsys):
         (["--threads", "0"], "--threads 0"),
         (["--threads", "2", "--clock", "cpu"], "--clock cpu"),
         (["--json", "/nonexistent/rows.json"], "/nonexistent"),
+        (["--device", "cuda"], "--device cuda is not in this build yet"),
     ],
 )
 def test_bad_arguments(arguments, text, capsys):

@@ -26,6 +26,14 @@ def add_ops(parser):
     parser.add_argument("--rounds", type=int, default=15, help="samples of each (default: 15)")
     parser.add_argument("--threads", type=int, default=1, help=f"{_BOTH} (default: 1)")
     parser.add_argument(
+        "--model",
+        default="glyphs32",
+        metavar="MODEL",
+        help="whose native plan is taken apart, op by op: a shipped model, a folder, or a released "
+        "model's name for random weights, such as 64x64_diffusion (default: glyphs32); none: no "
+        "plan",
+    )
+    parser.add_argument(
         "--clock",
         choices=("wall", "cpu"),
         default="wall",

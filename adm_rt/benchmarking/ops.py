@@ -1,4 +1,7 @@
-"""The three ops against the torch sequences they replace, at the shapes of ``64x64_diffusion``."""
+"""The three ops against the torch sequences they replace, at the shapes of ``64x64_diffusion``.
+
+Then the ops of the native engine's plan of one model, which replace whole layers (plan_ops.py).
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ import numpy as np
 import torch
 
 from adm_rt import __version__, ops, testing
-from adm_rt.benchmarking import baselines, machine
+from adm_rt.benchmarking import baselines, machine, plan_ops
 from adm_rt.diffusion import Diffusion
 from adm_rt.samplers.ddim import coefficients as ddim_coefficients
 from adm_rt.samplers.ddpm import coefficients as ddpm_coefficients
@@ -43,6 +46,7 @@ def rows(args):
                 row = _row(name, case, maker(case), args)
                 result.append(row)
                 print(_line(row), flush=True)
+        result += plan_ops.rows(args)
     return result
 
 

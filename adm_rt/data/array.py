@@ -6,6 +6,8 @@ import numpy as np
 
 from adm_rt.data.dataset import Dataset
 
+_ROWS = 256  # hashed at a time
+
 
 class ArrayDataset(Dataset):
     """images uint8 [N, H, W, 1 or 3], labels int64 [N] or None, cropped when they are asked for."""
@@ -14,6 +16,13 @@ class ArrayDataset(Dataset):
         super().__init__(name, image_size, len(images), **options)
         self._images = images
         self._labels = labels
+
+    def _contents(self):
+        yield str(self._images.shape).encode()
+        for first in range(0, len(self._images), _ROWS):
+            yield np.ascontiguousarray(self._images[first : first + _ROWS])
+        if self.num_classes is not None:
+            yield np.ascontiguousarray(self._labels)
 
     def _read(self, index):
         image = np.asarray(self._images[index])

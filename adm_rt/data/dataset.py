@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
 import warnings
 
@@ -58,6 +59,7 @@ class Dataset:
         self.seed = check_integer("seed", seed, 0, 2**63 - 1)
         self.bad: dict[str, str] = {}
         self._lock = threading.Lock()
+        self._digest = None
 
     def __len__(self):
         return self.num_images
@@ -107,6 +109,25 @@ class Dataset:
         for row, (index, draw) in enumerate(zip(indices, draws)):
             images[row], labels[row] = self.get(int(index), int(draw))
         return images, labels
+
+    def describe(self) -> dict:
+        """What the images depend on, for JSON: equal for two sets that give the same for all draws.
+
+        "contents" stands for the images in their order: the arrays of an .npz file, elsewhere the
+        names and labels only. Where the set lies does not matter.
+        """
+        settings = ("image_size", "num_images", "num_classes", "random_crop", "random_flip")
+        described = {name: getattr(self, name) for name in (*settings, "on_bad", "seed")}
+        if self._digest is None:  # once: an .npz file may be large
+            contents = hashlib.sha256()
+            for part in self._contents():
+                contents.update(part)
+            self._digest = contents.hexdigest()[:32]
+        return {"kind": type(self).__name__, "contents": self._digest, **described}
+
+    def _contents(self):
+        """Bytes that tell this set from others of its kind."""
+        return ()
 
     def _read(self, index):
         """(PIL image in mode RGB or uint8 [H, W, 3], label or None); DataError if it is bad."""

@@ -87,6 +87,15 @@ class ImageFolder(Dataset):
         sure = required or class_from == "prefix" or len(set(prefixes)) > 1
         return prefixes if sure else None
 
+    def describe(self):
+        return super().describe() | {"exif_rotation": self.exif_rotation}
+
+    def _contents(self):
+        for path in self.paths:
+            yield path.replace(os.sep, "/").encode("utf-8", "surrogateescape") + b"\n"
+        if self._labels is not None:
+            yield self._labels.tobytes()
+
     def _where(self, index):
         return os.path.join(self.folder, self.paths[index])
 

@@ -41,6 +41,10 @@ class LsunDatabase(Dataset):
     def _key(self, index) -> bytes:
         return self._keys[self._ends[index] : self._ends[index + 1]]
 
+    def _contents(self):
+        yield self._keys
+        yield self._ends.tobytes()
+
     def _where(self, index):
         return f"{self.folder}, key {self._key(index).decode('utf-8', 'backslashreplace')}"
 

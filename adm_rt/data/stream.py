@@ -52,6 +52,14 @@ class BatchStream:
             return None
         return self.dataset.num_images / self.batch_size
 
+    def describe(self) -> dict:
+        """What the batches depend on beside batch_size, for JSON: see Dataset.describe."""
+        return {
+            "dataset": self.dataset.describe(),
+            "data_order_seed": self.seed,
+            "shuffle": self.shuffle,
+        }
+
     def share(self, rank: int = 0, world_size: int = 1) -> tuple[int, int]:
         """(first, last + 1) of the places in a batch that are the rank's.
 

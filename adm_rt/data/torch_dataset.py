@@ -50,6 +50,9 @@ class TorchDataset(Dataset):
         self._dataset = dataset
         self._one_at_a_time = threading.Lock()
 
+    def _contents(self):
+        yield self.name.encode()
+
     def _read(self, index):
         try:
             with self._one_at_a_time:

@@ -1,5 +1,6 @@
 """Batches: a pure function of (seed, step), the same for any ranks, workers and history."""
 
+import json
 import os
 import signal
 import subprocess
@@ -175,6 +176,36 @@ def test_threads_end_with_the_stream():
     assert threading.active_count() == before + 3
     del stream
     assert threading.active_count() == before
+
+
+def test_descriptions_tell_streams_apart(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), dtype=np.uint8)
+    for name in ("a", "b"):
+        np.savez(tmp_path / f"{name}.npz", arr_0=images, arr_1=np.arange(4))
+    changed = images.copy()
+    changed[3, 7, 7, 0] ^= 1
+    np.savez(tmp_path / "pixel.npz", arr_0=changed, arr_1=np.arange(4))
+    np.savez(tmp_path / "labels.npz", arr_0=images, arr_1=np.arange(4)[::-1])
+
+    def about(name="a.npz", order_seed=0, size=8, **options):
+        data = open_dataset(tmp_path / name, size, **options)
+        return json.dumps(BatchStream(data, 2, order_seed, workers=1).describe())
+
+    assert about() == about("b.npz")  # a set may move
+    others = [
+        about("pixel.npz"),
+        about("labels.npz"),
+        about(order_seed=1),
+        about(size=9),
+        about(seed=1),
+        about(random_flip=True),
+        about(random_crop=True),
+        about(on_bad="skip"),
+        about(class_cond=False),
+        about(num_classes=9),
+    ]
+    assert len({about(), *others}) == 11
+    assert BatchStream(open_dataset("glyphs", 8), 4, 0).describe()["dataset"]["kind"] == "Glyphs"
 
 
 def run(code, *arguments):

@@ -31,6 +31,9 @@ def test_published_order_and_classes_by_prefix(tmp_path):
     assert data.class_names == ["ant", "bat", "cat", "dog"] and data.num_classes == 4
     assert [data.get(i)[1] for i in range(7)] == [0, 0, 1, 2, 0, 2, 3]
     assert len(data) == data.num_images == 7
+    other = write_folder(tmp_path / "other", ["ant_1.png"])
+    about = data.describe()
+    assert about["contents"] != open_dataset(other, 8, class_cond=True).describe()["contents"]
     image, _ = data.get(3)
     assert image.dtype == np.uint8 and image.flags.c_contiguous and image.flags.writeable
     assert np.array_equal(image, center_crop(noise_image(12, 10, 0), 8))

@@ -25,6 +25,7 @@ def add_ops(parser):
     parser.add_argument("--batch", default="1,4", metavar="N,N", help="batch sizes (default: 1,4)")
     parser.add_argument("--rounds", type=int, default=15, help="samples of each (default: 15)")
     parser.add_argument("--threads", type=int, default=1, help=f"{_BOTH} (default: 1)")
+    _add_clock(parser)
     parser.add_argument(
         "--model",
         default="glyphs32",
@@ -32,12 +33,6 @@ def add_ops(parser):
         help="whose native plan is taken apart, op by op: a shipped model, a folder, or a released "
         "model's name for random weights, such as 64x64_diffusion (default: glyphs32); none: no "
         "plan",
-    )
-    parser.add_argument(
-        "--clock",
-        choices=("wall", "cpu"),
-        default="wall",
-        help="cpu: the processor time of the one thread, for a machine that others use too",
     )
 
 
@@ -51,8 +46,7 @@ def check_ops(args):
         raise ValueError(f"--batch {args.batch}: give whole numbers from 1, such as 1,4")
     if args.threads < 1:
         raise ValueError(f"--threads {args.threads}: give at least 1")
-    if args.clock == "cpu" and args.threads > 1:
-        raise ValueError("--clock cpu sees one thread only; use --threads 1 or --clock wall")
+    _check_clock(args.clock, args.threads)
     _check_output(args)
 
 
@@ -74,6 +68,7 @@ def add_sample(parser):
     parser.add_argument(
         "--threads", default="1", metavar="N|all", help="of every contender (default: 1)"
     )
+    _add_clock(parser)
     parser.add_argument(
         "--cores", default="", metavar="N,N", help="pin to these (default: the first allowed ones)"
     )
@@ -110,10 +105,25 @@ def check_sample(args):
             f"--threads {args.threads}: there are {len(cores)} cores ({_joined(cores)}); more "
             "threads than cores would only wait for each other"
         )
+    _check_clock(args.clock, threads)
     args.core_list, args.thread_count = cores[:threads], threads
     for name in ("json", "chart"):
         _check_file(f"--{name}", getattr(args, name))
     _check_output(args)
+
+
+def _add_clock(parser):
+    parser.add_argument(
+        "--clock",
+        choices=("wall", "cpu"),
+        default="wall",
+        help="cpu: the processor time of the one thread, for a machine that others use too",
+    )
+
+
+def _check_clock(clock, threads):
+    if clock == "cpu" and threads > 1:
+        raise ValueError("--clock cpu sees one thread only; use --threads 1 or --clock wall")
 
 
 def _check_output(args):

@@ -45,6 +45,7 @@ def rows(args):
     names = _participants(args)
     _say(
         f"{machine.processor()}, {args.thread_count} thread(s) on cores {args.core_list}, "
+        f"{args.clock} clock, "
         f"{', '.join(f'{k} {v}' for k, v in machine.versions().items())}"
     )
     result = []
@@ -253,8 +254,9 @@ def _case_rows(model, case, workers, folders, args):
     outputs, repeats = {}, {}
     for name, worker in workers.items():
         try:
-            outputs[name], once = worker.call("prepare", *work)
+            outputs[name] = worker.call("prepare", *work)
             _check(name, outputs[name], outputs["eager"])
+            once = worker.call("sample", 1, args.clock)
         except WorkerError as error:
             _failed(name, f"{case.name}: {error}", args)
             outputs.pop(name, None)
@@ -307,7 +309,7 @@ def _race(workers, repeats, args):
         for name in list(workers) if turn % 2 == 0 else reversed(list(workers)):
             if args.thread_count > 1:
                 time.sleep(0.05)  # the threads of the one before have stopped spinning
-            samples[name].append(workers[name].call("sample", repeats[name]))
+            samples[name].append(workers[name].call("sample", repeats[name], args.clock))
     return samples
 
 
@@ -336,6 +338,7 @@ def _rows(model, case, measured, args):
         "threads": args.thread_count,
         "cores": args.core_list,
         "rounds": args.rounds,
+        "clock": args.clock,
         "processor": machine.processor(),
         "isa": measured[ours]["isa"],
         "isa_limit": args.isa,

@@ -107,7 +107,7 @@ def test_wrong_results_are_not_timed(monkeypatch, tmp_path, capsys):
     wrong = Entry(f"{__name__}:Wrong", "wrong", 1.0)
     monkeypatch.setitem(CONTENDERS["cpu"], "openvino", wrong)
     file = tmp_path / "rows.json"
-    assert run("--only", "forward", "--json", str(file)) == 0
+    assert run("--only", "forward", "--clock", "cpu", "--json", str(file)) == 0
     assert [row["baseline"] for row in json.loads(file.read_text())] == ["eager"]
     assert "openvino: differs from eager PyTorch by 0.0" in capsys.readouterr().out
     monkeypatch.setitem(CONTENDERS["cpu"], "torch", wrong)

@@ -17,11 +17,16 @@ import numpy as np
 
 
 class Entry(NamedTuple):
-    """A line of the registry. copies: of the raw weights it holds in memory, for planning."""
+    """A line of the registry.
+
+    For planning memory: ``copies`` of the raw weights that it holds, ``maps`` the times it needs
+    the rough estimate of the activations.
+    """
 
     factory: str  # "module:attribute", called with (Setup)
     title: str
     copies: float
+    maps: float = 2.0
     needs: tuple[str, ...] = ()  # packages
     ours: bool = False
     default: bool = True
@@ -39,21 +44,27 @@ class Setup(NamedTuple):
 _HERE = "adm_rt.benchmarking.contenders"
 CONTENDERS = {
     "cpu": {
-        "eager": Entry(f"{_HERE}:Eager", "PyTorch eager, published code", 1.0, ("torch",)),
-        "native": Entry(f"{_HERE}:native", "adm_rt native", 3.5, ours=True),
-        "torch": Entry(f"{_HERE}:torch_engine", "adm_rt torch", 1.0, ("torch",), ours=True),
+        "eager": Entry(f"{_HERE}:Eager", "PyTorch eager, published code", 1.0, needs=("torch",)),
+        "native": Entry(f"{_HERE}:native", "adm_rt native", 2.6, 0.5, ours=True),
+        "torch": Entry(f"{_HERE}:torch_engine", "adm_rt torch", 1.0, needs=("torch",), ours=True),
         "compile": Entry(
-            f"{_HERE}:Compiled", "torch.compile, frozen", 2.5, ("torch",), default=False
+            f"{_HERE}:Compiled", "torch.compile, frozen", 2.5, needs=("torch",), default=False
         ),
         "onnxruntime": Entry(
             f"{_HERE}:OnnxRuntime",
             "ONNX Runtime",
             2.5,
-            ("torch", "onnx", "onnxruntime"),
+            1.0,
+            needs=("torch", "onnx", "onnxruntime"),
             exports=True,
         ),
         "openvino": Entry(
-            f"{_HERE}:OpenVino", "OpenVINO", 2.5, ("torch", "onnx", "openvino"), exports=True
+            f"{_HERE}:OpenVino",
+            "OpenVINO",
+            2.6,
+            1.0,
+            needs=("torch", "onnx", "openvino"),
+            exports=True,
         ),
     }
 }

@@ -41,7 +41,7 @@ def _name(op):
 
 
 def _model(name):
-    """(ModelConfig, weights): a released model with random weights, or a model at hand."""
+    """(ModelConfig, weights): of a released model's shape with random weights, or at hand."""
     if name in PRESETS:
         cfg = PRESETS[name]
         return cfg, sampling_cases.random_weights(cfg)
@@ -49,12 +49,21 @@ def _model(name):
 
 
 def _packed(cfg, weights):
-    from adm_rt.engines import lowering
-
-    lowered = lowering.lower_unet(cfg)
+    lowered = _lower(cfg)
     blob = extension().PackedWeights(lowered.plan.packed_bytes)
     lowered.pack(weights, blob, extension().num_threads())
     return lowered.plan, blob
+
+
+def _lower(cfg):
+    """The denoiser's plan, or that of a classifier's gradient; without the small embedding plan."""
+    if cfg.kind == "classifier":
+        from adm_rt.engines.lowering_classifier import lower_classifier_gradient
+
+        return lower_classifier_gradient(cfg)
+    from adm_rt.engines.lowering import lower_unet
+
+    return lower_unet(cfg)
 
 
 def _seconds(plan, blob, batch, rounds):
@@ -65,6 +74,8 @@ def _seconds(plan, blob, batch, rounds):
         return {name: make((batch, *plan.shape(i))) for name, i in ids.items()}
 
     inputs = arrays(plan.inputs, lambda shape: rng.standard_normal(shape, dtype=np.float32))
+    if "y" in inputs:
+        inputs["y"][:] = 0  # a class
     outputs = arrays(plan.outputs, lambda shape: np.empty(shape, np.float32))
     runs = [plan.run(batch, inputs, outputs, blob, profile=True) for _ in range(rounds + 1)]
     return [statistics.median(times) for times in zip(*runs[1:])]  # the first one warms up

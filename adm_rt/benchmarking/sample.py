@@ -145,7 +145,7 @@ def _needs(model, cases, device):
     working = sampling_cases.working_bytes(model, max(case.batch for case in cases))
     weights = sampling_cases.weight_bytes(model)
     return {
-        name: int(entry.copies * weights) + working + _PROCESS_BYTES
+        name: int(entry.copies * weights + entry.maps * working) + _PROCESS_BYTES
         for name, entry in CONTENDERS[device].items()
     }
 

@@ -162,4 +162,4 @@ def working_bytes(model, batch):
     """Rough activation memory of a plain framework that runs the model, for ``batch`` images."""
     parts = configs(model)
     needs = [activation_bytes(cfg, gradient=part == "classifier") for part, cfg in parts.items()]
-    return 2 * batch * max(needs)
+    return batch * max(needs)

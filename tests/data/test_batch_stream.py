@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from adm_rt.data import BatchStream, Dataset, glyphs, open_dataset
+from adm_rt.data.workers import Workers
 from adm_rt.errors import DataError
 
 
@@ -167,6 +168,21 @@ def test_skipped_images_are_the_same_with_workers():
         for step in range(7):
             assert equal(streams[0].batch(step), streams[1].batch(step))
     assert plain.bad == ahead.bad and len(plain.bad) == 3
+
+
+def test_what_has_not_begun_is_cancelled_by_close():
+    pool, begun, go = Workers(1), threading.Event(), threading.Event()
+    first = pool.submit(lambda: begun.set() or go.wait(30))
+    others = [pool.submit(threading.get_ident) for _ in range(3)]
+    assert begun.wait(30)
+    closing = threading.Thread(target=pool.close)
+    closing.start()
+    while not pool._closing.is_set():
+        assert closing.is_alive()
+        time.sleep(0.001)
+    go.set()
+    closing.join(30)
+    assert first.result(30) and all(future.cancelled() for future in others)
 
 
 def test_threads_end_with_the_stream():

@@ -7,7 +7,8 @@ import pytest
 from data_files import encoded, noise_image, write_folder
 from PIL import Image
 
-from adm_rt.data import center_crop, open_dataset
+from adm_rt.data import center_crop, open_dataset, random_crop
+from adm_rt.data.keyed_random import CROP_DRAWS, uniform
 from adm_rt.errors import DataError
 
 PREFIXED = ["cat_1.png", "ant_2.png", "dog_0_a.png", "ant_1.png"]
@@ -111,6 +112,10 @@ def test_crop_and_flip_are_functions_of_seed_and_draw(tmp_path):
     assert np.array_equal(views, again)
     assert len({view.tobytes() for view in views}) > 30
     assert any(not np.array_equal(other.get(0, draw)[0], views[draw]) for draw in range(4))
+    for draw, view in enumerate(views):
+        u = uniform(0, np.array([draw], np.uint64), 4, CROP_DRAWS)[0]
+        whole = random_crop(noise_image(40, 30, 0), 16, u[:3])
+        assert np.array_equal(view, whole[:, ::-1] if u[3] < 0.5 else whole)
     # The flip alone: half of the visits, mirrored exactly.
     flip = open_dataset(tmp_path, 16, random_flip=True)
     plain = open_dataset(tmp_path, 16).get(1)[0]

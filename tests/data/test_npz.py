@@ -145,6 +145,16 @@ def test_damaged_files_are_refused(write, tmp_path, save):
             refused += 1
             assert "damaged.npz" in str(error)
         else:  # a byte that says nothing about the arrays, such as the time of day
-            assert np.array_equal(data.get(4)[0], IMAGES[4])
+            assert np.array_equal(data.get_many(range(6), range(6))[0], IMAGES)
             assert data.num_classes in (4, None)
     assert refused > 120
+
+
+def test_a_changed_pixel_far_into_a_mapped_file_is_found(write):
+    images = np.tile(IMAGES, (50, 1, 1, 1))
+    path = write(arr_0=images)
+    data = bytearray(path.read_bytes())
+    data[data.rindex(images[-1].tobytes()) + 100] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(DataError, match="set.npz is not a readable .npz file: Bad CRC"):
+        open_dataset(path, 10)

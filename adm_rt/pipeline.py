@@ -8,14 +8,9 @@ from pathlib import Path
 import adm_rt
 from adm_rt import engines, request
 from adm_rt.locate import SETTINGS, display_name, locate, read_settings
-from adm_rt.result import SampleResult, check_output
-from adm_rt.trajectory import (
-    Stage,
-    activation_bytes,
-    automatic_batch_size,
-    free_memory,
-    run_stage,
-)
+from adm_rt.result import check_output
+from adm_rt.trajectory import Stage, choose_batch_size, run_stage
+from adm_rt.upscaling import Upscaler, check_stack
 
 DEFAULT_STEPS = 25
 DEFAULT_SAMPLER = "dpmpp_2m"
@@ -84,7 +79,8 @@ def sample(
 class Pipeline:
     """A denoiser, the classifier that guides it, and an upsampler that may follow.
 
-    Any of ``unet`` and ``upsampler`` may be None, not both. ``settings``: the model's defaults:
+    Each is a torch module of ``adm_rt.models`` or a ``ModelWeights``; any of ``unet`` and
+    ``upsampler`` may be None, not both. ``settings``: the model's defaults:
     ``guidance_scale``, ``sampler``, ``class_names``. ``engine``, ``device``, ``dtype``: see
     ``engines.create``. Attributes: ``name``, ``notes`` (one-line remarks), ``num_classes``.
     """
@@ -111,19 +107,20 @@ class Pipeline:
         if unet is None and classifier is not None:
             raise ValueError("classifier: an upsampler alone is not guided; leave it out")
         if unet is not None and upsampler is not None:
-            _check_stack(unet.cfg, upsampler.cfg)
+            check_stack(unet.cfg, upsampler.cfg)
         self.name = name
         self.settings = dict(settings or {})
         self.unet, self.classifier, self.upsampler = unet, classifier, upsampler
         self._sources = dict(sources or {})
         self.notes = []
-        self._engine = self._upsampler_engine = None
+        self._engine = self._upscaler = None
         if unet is not None:
             self._engine = engines.create(engine, unet, classifier, device=device, dtype=dtype)
             self.notes += self._engine.notes
         if upsampler is not None:
-            self._upsampler_engine = engines.create(engine, upsampler, device=device, dtype=dtype)
-            self.notes += [n for n in self._upsampler_engine.notes if n not in self.notes]
+            own = engines.create(engine, upsampler, device=device, dtype=dtype)
+            self._upscaler = Upscaler(upsampler, own, self._sources.get("upsampler", name))
+            self.notes += [n for n in own.notes if n not in self.notes]
         if any(m is not None and m.cfg.use_fp16 for m in (unet, classifier, upsampler)) and (
             self.engine.dtype == "float32"
         ):
@@ -132,7 +129,7 @@ class Pipeline:
     @property
     def engine(self):
         """The engine that runs the base model (the upsampler's when there is no base)."""
-        return self._engine or self._upsampler_engine
+        return self._engine or self._upscaler.engine
 
     @property
     def class_names(self):
@@ -172,9 +169,10 @@ class Pipeline:
         Raises ValueError for anything unknown or not fitting together, CheckpointError for a
         damaged file; both before any weight is used.
         """
-        from adm_rt.models import load_checkpoint
+        from adm_rt.models import load_checkpoint, load_weights
 
-        engines.choose(engine)
+        # The native engine needs no torch, so its networks are not made into modules.
+        load = load_weights if engines.choose(engine, device)[0] == "native" else load_checkpoint
         request.check_choice("dtype", dtype, _DTYPES)
         path = locate(model, "model")
         settings = read_settings(path)
@@ -188,12 +186,12 @@ class Pipeline:
         flags = {k: v for k, v in flags.items() if k not in guide_flags}
         if guide_flags and "classifier" not in paths:
             raise ValueError(f"{', '.join(guide_flags)}: there is no classifier to apply this to")
-        unet = load_checkpoint(path, preset=preset, **flags)
+        unet = load(path, preset=preset, **flags)
         parts = {
-            "classifier": load_checkpoint(paths["classifier"], **guide_flags)
+            "classifier": load(paths["classifier"], **guide_flags)
             if "classifier" in paths
             else None,
-            "upsampler": load_checkpoint(paths["upsampler"]) if "upsampler" in paths else None,
+            "upsampler": load(paths["upsampler"]) if "upsampler" in paths else None,
         }
         if unet.cfg.kind == "upsampler" and parts["upsampler"] is None:
             unet, parts["upsampler"] = None, unet
@@ -302,7 +300,7 @@ class Pipeline:
         stage = Stage(
             title="sampling",
             engine=self._engine,
-            sampler=_sampler_function(sampler),
+            sampler=request.sampler_function(sampler),
             diffusion=diffusion,
             image_shape=(cfg.in_channels, cfg.image_size, cfg.image_size),
             guidance_scale=guidance_scale,
@@ -315,7 +313,7 @@ class Pipeline:
                 **self._classifier_free(cfg_scale),
             },
         )
-        batch = self._batch_size(batch_size, count, self.unet, stage.guidance_scale)
+        batch = choose_batch_size(batch_size, count, self._engine, bool(guidance_scale))
         request.check_callable("callback", callback)
         metadata = {
             "adm_rt": adm_rt.__version__,
@@ -335,22 +333,22 @@ class Pipeline:
         }
         up = None
         if self.upsampler is not None:
-            up = self._upscale_stage(
+            up = self._upscaler.stage(
                 steps if upsampler_steps is None else upsampler_steps,
                 sampler if upsampler_sampler is None else upsampler_sampler,
                 batch_size,
                 count,
                 ("upsampler_steps", "upsampler_sampler"),
             )
-            self._check_upsampler_labels(labels)
+            self._upscaler.check_labels(labels)
         elif upsampler_steps is not None or upsampler_sampler is not None:
             raise ValueError("upsampler_steps / upsampler_sampler: this pipeline has no upsampler")
 
         output = run_stage(stage, seeds, labels, batch, progress, callback)
         metadata["timesteps"] = output.timesteps
         if up is None or output.stopped:
-            return _result(output, labels, seeds, metadata)
-        return self._run_upscale(*up, output.images, labels, seeds, metadata, progress, callback)
+            return output.result(labels, seeds, metadata)
+        return self._upscaler.run(*up, output.images, labels, seeds, metadata, progress, callback)
 
     def upscale(
         self,
@@ -374,64 +372,19 @@ class Pipeline:
             raise ValueError(
                 f"{self.name} has no upsampler; load one with upsampler=..., or as the model itself"
             )
-        cfg = self.upsampler.cfg
-        images = request.check_images(images, cfg.small_size)
-        count = request.count_images(len(images), labels, seeds, "labels")
-        seeds = request.resolve_seeds(seed, seeds, count)
-        if labels is not None:
-            labels = request.resolve_classes(
-                labels, count, seeds, cfg.num_classes, self.class_names, self.name, "labels"
-            )
-        self._check_upsampler_labels(labels)
-        up = self._upscale_stage(steps, sampler, batch_size, count, ("steps", "sampler"))
-        request.check_callable("callback", callback)
-        metadata = {"adm_rt": adm_rt.__version__, "model": self.name}
-        return self._run_upscale(*up, images, labels, seeds, metadata, progress, callback)
-
-    def _upscale_stage(self, steps, sampler, batch_size, count, names):
-        cfg = self.upsampler.cfg
-        stage = Stage(
-            title="upsampling",
-            engine=self._upsampler_engine,
-            sampler=_sampler_function(sampler, names[1]),
-            diffusion=request.respaced_diffusion(cfg, steps, names[0]),
-            image_shape=(cfg.in_channels, cfg.image_size, cfg.image_size),
-            options={},
+        return self._upscaler.upscale(
+            images,
+            labels,
+            self.class_names,
+            self.name,
+            steps,
+            sampler,
+            seed,
+            seeds,
+            batch_size,
+            progress,
+            callback,
         )
-        batch = self._batch_size(batch_size, count, self.upsampler, 0.0)
-        about = {
-            "model": self._sources.get("upsampler", self.name),
-            "sampler": sampler,
-            "steps": steps if isinstance(steps, str) else int(steps),
-            "batch_size": batch,
-            "device": self._upsampler_engine.device,
-            "dtype": self._upsampler_engine.dtype,
-        }
-        return stage, batch, about
-
-    def _run_upscale(
-        self, stage, batch, about, images, labels, seeds, metadata, progress, callback
-    ):
-        stage.low_images = images
-        inner = labels if self.upsampler.cfg.class_cond else None
-        output = run_stage(stage, request.stage_seeds(seeds), inner, batch, progress, callback)
-        metadata["upsampler"] = {**about, "timesteps": output.timesteps}
-        return _result(output, labels, seeds, metadata)
-
-    def _check_upsampler_labels(self, labels):
-        cfg = self.upsampler.cfg
-        if not cfg.class_cond:
-            return
-        if labels is None:
-            raise ValueError(
-                f"labels are missing: the upsampler is class-conditional, give one in "
-                f"0..{cfg.num_classes - 1} per image"
-            )
-        if labels.max() >= cfg.num_classes:
-            raise ValueError(
-                f"labels: {labels.max()} is out of range for the upsampler's {cfg.num_classes} "
-                "classes"
-            )
 
     def _sampler(self, name):
         return self.settings.get("sampler", DEFAULT_SAMPLER) if name == "auto" else name
@@ -464,14 +417,6 @@ class Pipeline:
             )
         return {"cfg_scale": scale, "null_label": self.unet.cfg.num_classes}
 
-    def _batch_size(self, value, count, network, guidance_scale):
-        if value != "auto":
-            return min(count, request.check_count("batch_size", value))
-        needed = activation_bytes(network.cfg)
-        if guidance_scale:
-            needed = max(needed, activation_bytes(self.classifier.cfg, gradient=True))
-        return automatic_batch_size(count, needed, free_memory(self.engine.device))
-
     def __repr__(self):
         parts = [f"{k}={v!r}" for k, v in self._sources.items() if k != "model"]
         return f"Pipeline({', '.join([repr(self.name), *parts, repr(self.engine.device)])})"
@@ -483,7 +428,7 @@ load = Pipeline.from_pretrained
 def check_early(steps, sampler, guidance_scale, batch_size, seed, callback, num_images, options):
     """The checks that need no model, so that a typing error does not wait for weights to load."""
     if sampler != "auto":
-        _sampler_function(sampler)
+        request.sampler_function(sampler)
     if guidance_scale is not None:
         request.check_number("guidance_scale", guidance_scale, 0.0)
     if not isinstance(steps, str):
@@ -499,12 +444,6 @@ def check_early(steps, sampler, guidance_scale, batch_size, seed, callback, num_
         request.check_choice("argument", name, tuple(known))
 
 
-def _sampler_function(name, argument="sampler"):
-    from adm_rt.samplers import SAMPLERS
-
-    return SAMPLERS[request.check_sampler(name, argument)]
-
-
 def _check_eta(eta, sampler):
     from adm_rt.samplers import SAMPLERS
 
@@ -515,14 +454,6 @@ def _check_eta(eta, sampler):
             f"eta={eta:g}: {sampler!r} has no eta, leave it 0; samplers with it: {takers}"
         )
     return eta
-
-
-def _check_stack(base, upsampler):
-    if base.image_size != upsampler.small_size:
-        raise ValueError(
-            f"upsampler: it enlarges {upsampler.small_size}x{upsampler.small_size} images, but "
-            f"the model makes {base.image_size}x{base.image_size}"
-        )
 
 
 def _default_part(given, settings, part, path):
@@ -548,11 +479,3 @@ def _published_settings(path, preset):
         "guidance_scale": published.guidance_scale,
         "few_step_guidance_scale": published.ddim_guidance_scale,
     }
-
-
-def _result(output, labels, seeds, metadata):
-    if output.stopped:
-        metadata["stopped"] = output.stopped
-    done = slice(0, len(output.images))
-    labels = None if labels is None else labels[done]
-    return SampleResult(output.images, labels, seeds[done], metadata)

@@ -70,6 +70,13 @@ def check_sampler(value, name="sampler"):
     return check_choice(name, value, tuple(n for n in SAMPLERS if not SAMPLERS[n].encodes))
 
 
+def sampler_function(name, argument="sampler"):
+    """The sampler's function; errors as ``check_sampler``."""
+    from adm_rt.samplers import SAMPLERS
+
+    return SAMPLERS[check_sampler(name, argument)]
+
+
 def respaced_diffusion(cfg, steps, name="steps"):
     """The model's ``Diffusion`` with ``steps``: an int, or a respacing string.
 

@@ -7,8 +7,11 @@ from typing import Any
 
 import numpy as np
 
+from adm_rt.engines.memory import free_memory
 from adm_rt.errors import NonFiniteError, SamplingInterrupted
 from adm_rt.ops.philox import INITIAL_NOISE, philox_normal
+from adm_rt.request import check_count
+from adm_rt.result import SampleResult
 from adm_rt.samplers.guided_step import is_false
 
 _MAX_AUTO_BATCH = 32  # beyond this a CPU gains nothing and the progress bar stands still
@@ -39,6 +42,13 @@ class StageOutput:
     images: np.ndarray
     timesteps: list[float]
     stopped: dict[str, int] | None = None
+
+    def result(self, labels, seeds, metadata):
+        """SampleResult of the images that there are."""
+        if self.stopped:
+            metadata["stopped"] = self.stopped
+        done = slice(0, len(self.images))
+        return SampleResult(self.images, _rows(labels, done), seeds[done], metadata)
 
 
 def run_stage(stage, seeds, labels, batch_size, progress=True, callback=None):
@@ -79,39 +89,16 @@ def from_uint8(images):
     return np.ascontiguousarray(floats.transpose(0, 3, 1, 2))
 
 
-def activation_bytes(cfg, gradient=False):
-    """Rough float32 activation memory of one image, in bytes; with ``gradient``, kept for autograd.
-
-    Forward alone holds the skip connections and a few maps of the widest level; autograd holds
-    about eight maps per block. An estimate for choosing batch sizes, good to a factor of two.
-    """
-    levels = list(zip(cfg.level_channels, (cfg.image_size >> i for i in range(99)), strict=False))
-    maps = [int(width) * side * side for width, side in levels]
-    blocks = (cfg.num_res_blocks + 1) * sum(maps)
-    if gradient:
-        return 4 * 8 * blocks
-    return 4 * (blocks * (cfg.kind != "classifier") + 8 * max(maps))
+def choose_batch_size(value, count, engine, guided=False):
+    """``value`` as it is, or for "auto" what fits the engine's memory; at most ``count``."""
+    if value != "auto":
+        return min(count, check_count("batch_size", value))
+    return automatic_batch_size(count, engine.image_bytes(guided), free_memory(engine.device))
 
 
 def automatic_batch_size(count, bytes_per_image, free_bytes):
     """The largest batch up to 32 that uses at most a quarter of the free memory."""
     return int(max(1, min(count, _MAX_AUTO_BATCH, free_bytes // 4 // max(1, bytes_per_image))))
-
-
-def free_memory(device="cpu"):
-    """Free bytes on the device: CUDA's answer, else MemAvailable, else 2 GiB."""
-    if device.startswith("cuda"):
-        import torch
-
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        with open("/proc/meminfo") as lines:
-            for line in lines:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) << 10
-    except (OSError, ValueError):
-        pass
-    return 2 << 30
 
 
 def _rows(values, rows):

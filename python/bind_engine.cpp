@@ -7,7 +7,7 @@
 #include <chrono>
 #include <cstdint>
 #include <cstring>
-#include <limits>
+#include <functional>
 #include <map>
 #include <memory>
 #include <string>
@@ -15,8 +15,10 @@
 #include <vector>
 
 #include "common/check.h"
+#include "common/thread_pool.h"
 #include "engine/arena.h"
 #include "engine/op.h"
+#include "engine/packed_weights.h"
 #include "engine/plan.h"
 
 namespace py = pybind11;
@@ -104,7 +106,10 @@ std::vector<double> run_plan(const Plan& plan, int64_t batch, const Arrays& inpu
   }
   std::vector<double> seconds(profile ? static_cast<size_t>(plan.op_count()) : 0);
   py::gil_scoped_release release;
-  plan.run(batch, in, out, blob.floats(), SignalPoll(), profile ? seconds.data() : nullptr);
+  SignalPoll poll;
+  const std::function<void()> check = [&poll] { poll(); };
+  const adm_rt::InterruptScope interrupts(&check);
+  plan.run(batch, in, out, blob.floats(), check, profile ? seconds.data() : nullptr);
   return seconds;
 }
 
@@ -248,6 +253,13 @@ void bind_engine(py::module_& module) {
       .def(py::init<size_t>(), arg("bytes"), "Zeroed memory; MemoryError when there is none.")
       .def(py::init<const std::string&, size_t, size_t>(), arg("path"), arg("offset"), arg("bytes"),
            "Mapped from a file; RuntimeError when it is too short or unreadable.")
+      .def(
+          "checksum",
+          [](const PackedWeights& w) {
+            py::gil_scoped_release release;
+            return adm_rt::engine::checksum(w.block().data(), w.block().bytes() / 8 * 8);
+          },
+          "64 bits that any damage changes.")
       .def_property_readonly("nbytes", [](const PackedWeights& w) { return w.block().bytes(); })
       .def_buffer([](PackedWeights& w) {
         return py::buffer_info(static_cast<uint8_t*>(w.block().data()),

@@ -215,7 +215,7 @@ def test_info_has_every_section_and_passes_its_self_test(capsys):
     )
     assert list(report) == sections.split()
     assert report["adm_rt"]["version"] == adm_rt.__version__
-    assert report["engines"]["auto"] == "torch" and report["engines"]["why"]
+    assert report["engines"]["auto"] == "native" and report["engines"]["why"]
     assert report["self_test"]["passed"] is True
     assert 0 < report["self_test"]["max_error"] < 1e-4
     assert main(["info"]) == 0
@@ -258,11 +258,11 @@ def test_info_reports_whatever_is_broken(how, tmp_path):
 
 
 def test_a_wrong_kernel_fails_the_self_test(monkeypatch):
-    from adm_rt.engines import torch_engine
+    from adm_rt.engines.native_engine import NativeEngine
 
-    right = torch_engine.TorchEngine.classifier_gradient
+    right = NativeEngine.classifier_gradient
     monkeypatch.setattr(
-        torch_engine.TorchEngine,
+        NativeEngine,
         "classifier_gradient",
         lambda *arguments: right(*arguments) * 1.5,
     )
@@ -278,7 +278,8 @@ def test_info_about_a_model(tiny_folder, capsys):
     assert report["keys"] == len(network.state_dict())
     assert report["config"]["image_size"] == 16
     assert report["default_settings"]["guidance_scale"] == 2.0
-    assert report["activations_per_image_MB_estimate"]["forward"] > 0
+    assert report["torch_engine_activations_per_image_MB_estimate"]["forward"] > 0
+    assert min(report["native_engine_memory_MB"].values()) > 0
 
 
 def test_info_about_a_preset_without_weights(capsys):

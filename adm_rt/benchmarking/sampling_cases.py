@@ -8,11 +8,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from adm_rt.engines.memory import activation_bytes
 from adm_rt.locate import locate
 from adm_rt.models import ModelConfig, preset
 from adm_rt.models.parameter_shapes import count_parameters, parameter_shapes
 from adm_rt.models.weight_folder import is_model_folder, read_info, write_folder
-from adm_rt.trajectory import activation_bytes
 
 STEPS = 25  # of every diffusion here; a "step" case is the one in the middle
 KINDS = ("forward", "gradient", "step", "sample")

@@ -233,7 +233,14 @@ def self_test():
         )
         return x_next
 
-    out, gradient = engine.denoise(x, i, y), engine.classifier_gradient(x, i, y)
+    x_own, y_own = engine.from_numpy(x.numpy()), engine.from_numpy(y.numpy())
+    out, gradient = (
+        torch.from_numpy(engine.to_numpy(values))
+        for values in (
+            engine.denoise(x_own, i, y_own),
+            engine.classifier_gradient(x_own, i, y_own),
+        )
+    )
     ours = {
         "denoise": out,
         "classifier_gradient": gradient,

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 
+from adm_rt.engines.memory import activation_bytes
 from adm_rt.locate import display_name, locate, read_settings
+from adm_rt.models.parameter_shapes import count_parameters, parameter_shapes
 from adm_rt.models.presets import SAMPLING, preset, preset_name
-from adm_rt.trajectory import activation_bytes
 
 
 def model_report(model):
@@ -17,17 +18,15 @@ def model_report(model):
         if preset_name(model) is None or os.sep in os.fspath(model):
             raise
         return _report(preset_name(model), preset(model), None, {})
-    from adm_rt.models import load_checkpoint
+    from adm_rt.models import load_weights
 
-    network = load_checkpoint(path)
-    return _report(display_name(path), network.cfg, path, read_settings(path))
+    cfg = load_weights(path).cfg
+    return _report(display_name(path), cfg, path, read_settings(path))
 
 
 def _report(name, cfg, path, settings):
-    from adm_rt.models.checkpoint import empty_module
-
-    network = empty_module(cfg)
-    parameters = sum(p.numel() for p in network.parameters())
+    shapes = parameter_shapes(cfg)
+    parameters = count_parameters(shapes)
     published = SAMPLING.get(preset_name(name))
     return {
         "model": name,
@@ -35,9 +34,10 @@ def _report(name, cfg, path, settings):
         "size_on_disk_MB": None if path is None else round(_disk_bytes(path) / 1e6, 2),
         "kind": cfg.kind,
         "parameters": parameters,
-        "keys": len(network.state_dict()),
+        "keys": len(shapes),
         "float32_weights_MB": round(parameters * 4 / 1e6, 2),
-        "activations_per_image_MB_estimate": {
+        "native_engine_memory_MB": _planned(cfg),
+        "torch_engine_activations_per_image_MB_estimate": {
             "forward": round(activation_bytes(cfg) / 1e6, 1),
             "with_gradient": round(activation_bytes(cfg, gradient=True) / 1e6, 1),
         },
@@ -45,6 +45,17 @@ def _report(name, cfg, path, settings):
         "default_settings": settings,
         "published_settings": None if published is None else vars(published),
     }
+
+
+def _planned(cfg):
+    """What the native engine's plans need: a classifier's are those of its gradient."""
+    from adm_rt.engines.native_engine import planned_bytes
+
+    try:
+        packed, per_image = planned_bytes(cfg)
+    except ImportError as error:  # no compiled extension
+        return {"error": str(error)}
+    return {"packed_weights": round(packed / 1e6, 1), "per_image": round(per_image / 1e6, 1)}
 
 
 def _disk_bytes(path):

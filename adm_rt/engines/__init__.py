@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import importlib
+import os
 
 from adm_rt.engines.base import Engine
 
 __all__ = ["ENGINES", "PLANNED", "Engine", "choose", "create"]
 
 # name -> (module, class); modules are imported on first use
-ENGINES = {"torch": ("adm_rt.engines.torch_engine", "TorchEngine")}
+ENGINES = {
+    "native": ("adm_rt.engines.native_engine", "NativeEngine"),
+    "torch": ("adm_rt.engines.torch_engine", "TorchEngine"),
+}
 # names that exist in the design but not in this build
-PLANNED = ("native", "onnx", "tensorrt")
+PLANNED = ("onnx", "tensorrt")
 
 
-def choose(name="auto"):
-    """Resolve an engine name to (name, reason). Raises ValueError for one this build has not."""
+def choose(name="auto", device="auto"):
+    """Resolve an engine name to (name, reason). Raises ValueError for one this build has not.
+
+    "auto" is the native engine on the CPU and the torch engine on CUDA, where ``device`` asks for
+    it or is "auto" and a GPU is there that torch can use.
+    """
     if name == "auto":
-        return "torch", "the only engine in this build"
+        return _automatic(device)
     if name in ENGINES:
         return name, "asked for"
     available = ", ".join(repr(n) for n in ("auto", *ENGINES))
@@ -29,11 +37,23 @@ def choose(name="auto"):
 def create(name, unet, classifier=None, device="cpu", dtype="float32"):
     """An ``Engine`` over built networks.
 
-    name: "auto", or a key of ``ENGINES``. unet: ``UNet`` or ``SuperResUNet``. classifier:
-    ``NoisyClassifier`` or None. device: "auto", "cpu", "cuda", "cuda:N". dtype: "auto",
-    "float32", "bfloat16", "float16". Raises ValueError for an unknown name, device or dtype and
-    for a classifier that does not fit the denoiser.
+    name: "auto", or a key of ``ENGINES``. unet: ``UNet`` or ``SuperResUNet``, or the
+    ``ModelWeights`` of one. classifier: ``NoisyClassifier``, its ``ModelWeights``, or None.
+    device: "auto", "cpu", "cuda", "cuda:N". dtype: "auto", "float32", "bfloat16", "float16".
+    Raises ValueError for an unknown name, device or dtype and for a classifier that does not fit
+    the denoiser.
     """
-    module, cls = ENGINES[choose(name)[0]]
+    module, cls = ENGINES[choose(name, device)[0]]
     engine = getattr(importlib.import_module(module), cls)
     return engine(unet, classifier, device=device, dtype=dtype)
+
+
+def _automatic(device):
+    if device not in ("auto", "cpu"):
+        return "torch", f"device={device} was asked for"
+    if device == "auto" and os.path.exists("/proc/driver/nvidia/version"):
+        import torch  # only where there is a driver
+
+        if torch.cuda.is_available():
+            return "torch", "there is a GPU"
+    return "native", "the fastest on a CPU"

@@ -6,6 +6,8 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+DTYPES = ("float32", "bfloat16", "float16")
+
 
 @runtime_checkable
 class Engine(Protocol):
@@ -36,3 +38,28 @@ class Engine(Protocol):
 
     def classifier_gradient(self, x, t: float, y):
         """d log p(y | x_t) / d x_t, [N, C, H, W] float32, not scaled."""
+
+    def prepare(self, timesteps) -> None:
+        """The timesteps that the calling thread is about to use, in order; a hint."""
+
+    def image_bytes(self, guided: bool = False) -> int:
+        """Bytes of working memory per image of a batch, without or with the classifier."""
+
+
+def check_fit(unet_cfg, classifier_cfg):
+    """ValueError when the classifier cannot guide this denoiser (size or class count)."""
+    if classifier_cfg.kind != "classifier":
+        raise ValueError(
+            f"classifier: the given model is of kind {classifier_cfg.kind!r}, not a classifier"
+        )
+    if classifier_cfg.image_size != unet_cfg.image_size:
+        raise ValueError(
+            f"classifier: it was made for {classifier_cfg.image_size}x{classifier_cfg.image_size} "
+            f"images, but the model makes {unet_cfg.image_size}x{unet_cfg.image_size}; "
+            "use the classifier of the model's own size"
+        )
+    if unet_cfg.class_cond and classifier_cfg.num_classes != unet_cfg.num_classes:
+        raise ValueError(
+            f"classifier: it knows {classifier_cfg.num_classes} classes, but the model has "
+            f"{unet_cfg.num_classes}; use a classifier trained on the same classes"
+        )

@@ -6,9 +6,10 @@ import contextlib
 
 import torch
 
+from adm_rt.engines.base import DTYPES, check_fit
+from adm_rt.engines.memory import activation_bytes
+from adm_rt.models.checkpoint import module_of
 from adm_rt.models.classifier_gradient import ClassifierGradient
-
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 def resolve_device(device="auto"):
@@ -38,29 +39,11 @@ def resolve_device(device="auto"):
     return resolved
 
 
-def check_fit(unet_cfg, classifier_cfg):
-    """ValueError when the classifier cannot guide this denoiser (size or class count)."""
-    if classifier_cfg.kind != "classifier":
-        raise ValueError(
-            f"classifier: the given model is of kind {classifier_cfg.kind!r}, not a classifier"
-        )
-    if classifier_cfg.image_size != unet_cfg.image_size:
-        raise ValueError(
-            f"classifier: it was made for {classifier_cfg.image_size}x{classifier_cfg.image_size} "
-            f"images, but the model makes {unet_cfg.image_size}x{unet_cfg.image_size}; "
-            "use the classifier of the model's own size"
-        )
-    if unet_cfg.class_cond and classifier_cfg.num_classes != unet_cfg.num_classes:
-        raise ValueError(
-            f"classifier: it knows {classifier_cfg.num_classes} classes, but the model has "
-            f"{unet_cfg.num_classes}; use a classifier trained on the same classes"
-        )
-
-
 class TorchEngine:
     """Runs a UNet (or SuperResUNet) and a NoisyClassifier; see ``Engine`` for the methods.
 
-    The networks are moved to ``device``, set to evaluation mode and frozen in place: the
+    unet, classifier: torch modules, or ``ModelWeights`` that are made into such. They are
+    moved to ``device``, set to evaluation mode and frozen in place: the
     classifier's gradient is taken with respect to the image only, never the weights.
 
     On the CPU everything is float32, whatever was asked for (a note says so), and the classifier's
@@ -82,8 +65,10 @@ class TorchEngine:
         if self._device.type == "cpu" and self.dtype != "float32":
             self.notes.append(f"dtype={dtype} was asked for; float32 is used on the CPU")
             self.dtype = "float32"
-        self._unet = _frozen(unet, self._device)
-        self._classifier = None if classifier is None else _frozen(classifier, self._device)
+        self._unet = _frozen(module_of(unet), self._device)
+        if classifier is not None:
+            classifier = _frozen(module_of(classifier), self._device)
+        self._classifier = classifier
         # One core, 64x64_classifier: 1.02 to 1.03 times as fast as autograd.
         explicit = classifier is not None and self._device.type == "cpu"
         self._gradient = ClassifierGradient(self._classifier) if explicit else None
@@ -97,6 +82,15 @@ class TorchEngine:
 
     def to_numpy(self, values):
         return values.detach().cpu().numpy()
+
+    def prepare(self, timesteps):
+        """Nothing to prepare."""
+
+    def image_bytes(self, guided=False):
+        needed = activation_bytes(self._unet.cfg)
+        if guided:
+            needed = max(needed, activation_bytes(self._classifier.cfg, gradient=True))
+        return needed
 
     def denoise(self, x, t, y=None, low_res=None):
         cfg = self._unet.cfg

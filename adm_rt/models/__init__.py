@@ -14,6 +14,8 @@ _EXPORTS = {
     "NoisyClassifier": "classifier",
     "load_checkpoint": "checkpoint",
     "load_model": "checkpoint",
+    "load_weights": "checkpoint",
+    "ModelWeights": "model_weights",
     "save_model": "checkpoint",
 }
 __all__ = [*_EXPORTS, "build"]

@@ -25,15 +25,18 @@ from adm_rt.models.config import (
     normalize_flags,
 )
 from adm_rt.models.flag_inference import FREE_FLAGS, infer_config, resolve_config
+from adm_rt.models.model_weights import ModelWeights
 from adm_rt.models.parameter_shapes import parameter_shapes
 from adm_rt.models.presets import preset as find_preset
 from adm_rt.models.presets import preset_name
 from adm_rt.models.weight_folder import (
     ModelInfo,
+    file_sha256,
     is_model_folder,
     read_info,
     read_weights,
     replace_file,
+    weights_digest,
     write_folder,
     write_manifest,
 )
@@ -46,6 +49,8 @@ __all__ = [
     "is_model_folder",
     "load_checkpoint",
     "load_model",
+    "load_weights",
+    "module_of",
     "read_info",
     "read_weights",
     "save_model",
@@ -79,6 +84,31 @@ def load_checkpoint(
     """
     info, weights = _load(path, preset, attention_order, verify, flags)
     return _module(info, weights)
+
+
+def load_weights(
+    path: str | os.PathLike,
+    preset: str | None = None,
+    *,
+    attention_order: str = "keep",
+    verify: bool = True,
+    **flags,
+) -> ModelWeights:
+    """As ``load_checkpoint``, but without torch (a ``.pt`` needs it to be read).
+
+    Returns ModelWeights: the configuration is read and checked now, the weights when they are
+    asked for.
+    """
+    info, read, digest = _open(path, preset, attention_order, verify, flags)
+    expected = digest()
+
+    def unchanged():
+        weights = read()
+        if Path(path).is_dir() and digest() != expected:
+            raise CheckpointError(f"{path} was replaced while it was being loaded. Load it again.")
+        return weights
+
+    return ModelWeights(info, unchanged, expected)
 
 
 def load_model(folder: str | os.PathLike, verify: bool = True):
@@ -183,14 +213,25 @@ def convert_attention_order(
 
 
 def _load(path, preset, attention_order, verify, flags) -> tuple[ModelInfo, dict[str, np.ndarray]]:
+    info, read, _ = _open(path, preset, attention_order, verify, flags)
+    return info, read()
+
+
+def _open(path, preset, attention_order, verify, flags):
+    """(ModelInfo, a function that reads the weights, a function that gives their digest)."""
     _check_order(attention_order)
     path = Path(path)
     if not path.exists():
         raise CheckpointError(f"{path} does not exist.")
     if path.is_dir():
         info = read_info(path, verify)
-        weights = read_weights(path, verify)[1]
         config = _checked_folder_config(path, info.config, preset, flags)
+
+        def raw():
+            return read_weights(path, verify)[1]
+
+        def digest():
+            return weights_digest(path)
     else:
         state = _read_pt(path)
         shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
@@ -202,20 +243,34 @@ def _load(path, preset, attention_order, verify, flags) -> tuple[ModelInfo, dict
             warnings.warn(
                 f"{path}: names and shapes are those of the released model {name!r}; head count, "
                 "attention order and schedule are taken from it. Pass preset= to say so yourself.",
-                stacklevel=4,
+                stacklevel=5,
             )
-        # Copied: the file stays mapped otherwise, and may change under the model.
-        weights = {k: np.array(_array(state.pop(k))) for k in parameter_shapes(config)}
-        for key, array in weights.items():
-            if not np.isfinite(array).all():
-                raise CheckpointError(
-                    f"{path}: weight {key!r} has NaN or infinite values; the model is not usable."
-                )
         info = ModelInfo(config, metadata={"source": path.name, "preset": name} if name else {})
-    config, weights = convert_attention_order(config, weights, attention_order)
-    return ModelInfo(config, info.class_names, info.metadata, info.dtype), {
-        k: np.ascontiguousarray(v) for k, v in weights.items()
-    }
+
+        def raw():
+            return _state_arrays(path, state, config)
+
+        def digest():
+            return file_sha256(path)
+
+    converted, _ = convert_attention_order(config, {}, attention_order)
+
+    def read():
+        weights = convert_attention_order(config, raw(), attention_order)[1]
+        return {k: np.ascontiguousarray(v) for k, v in weights.items()}
+
+    return ModelInfo(converted, info.class_names, info.metadata, info.dtype), read, digest
+
+
+def _state_arrays(path, state, config):
+    """Finite float32 copies of a ``.pt`` file's tensors: it stays mapped, and may change."""
+    weights = {k: np.array(_array(state[k])) for k in parameter_shapes(config)}
+    for key, array in weights.items():
+        if not np.isfinite(array).all():
+            raise CheckpointError(
+                f"{path}: weight {key!r} has NaN or infinite values; the model is not usable."
+            )
+    return weights
 
 
 def _chosen_preset(path: Path, preset: str | None) -> tuple[str | None, str]:
@@ -366,6 +421,13 @@ def empty_module(config: ModelConfig, build=None):
 
     with torch.device("meta"), NoInitialisation():
         return (build or models.build)(config)
+
+
+def module_of(model):
+    """The torch module of a ``ModelWeights``; a module is returned as it is."""
+    if not isinstance(model, ModelWeights):
+        return model
+    return _module(model.info, model.state_dict())
 
 
 def _module(info: ModelInfo, weights: dict[str, np.ndarray]):

@@ -120,7 +120,7 @@ def write_manifest(folder: str | os.PathLike) -> None:
     files = {}
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         path = folder / name
-        files[name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        files[name] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
     manifest = {"format_version": FORMAT_VERSION, "files": files}
     with replace_file(folder / MANIFEST_FILE, overwrite=True) as temporary:
         temporary.write_bytes(_json_bytes(manifest))
@@ -292,7 +292,21 @@ def _existing(folder) -> Path:
     return folder
 
 
-def _sha256(path: Path) -> str:
+def weights_digest(folder: str | os.PathLike) -> str:
+    """The manifest's sha256 of a folder's weights, which are not read; their size is checked.
+
+    Without a manifest it is computed. Raises CheckpointError for a damaged manifest.
+    """
+    folder = _existing(folder)
+    if not (folder / MANIFEST_FILE).is_file():
+        return file_sha256(folder / WEIGHTS_FILE)
+    files = _read_manifest(folder / MANIFEST_FILE)
+    _check_size(folder / WEIGHTS_FILE, files[WEIGHTS_FILE])
+    return files[WEIGHTS_FILE]["sha256"]
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 of a file, hexadecimal."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while chunk := file.read(_CHUNK):
@@ -307,31 +321,45 @@ def _verify(folder: Path, only=None) -> None:
             f"{path} is missing, so the weights cannot be checked. {_FETCH} (verify=False reads "
             "them unchecked.)"
         )
+    files = _read_manifest(path)
+    for name in only or files:
+        target = folder / name
+        _check_size(target, files[name])
+        try:
+            digest = file_sha256(target)
+        except OSError as error:
+            raise CheckpointError(f"cannot read {target}: {error.strerror or error}.") from error
+        if digest != files[name]["sha256"]:
+            raise CheckpointError(
+                f"{target} is damaged: its sha256 is not the manifest's. {_FETCH} If you changed "
+                "the file on purpose, call adm_rt.models.weight_folder.write_manifest(folder)."
+            )
+
+
+def _read_manifest(path: Path) -> dict[str, dict]:
+    """The manifest's entries: file name -> {"bytes", "sha256"}."""
     manifest, data = _read_json(path)
     version, files = manifest.get("format_version"), manifest.get("files")
     if version != FORMAT_VERSION or not isinstance(files, dict):
         raise CheckpointError(f"{path} has format_version {version!r}, known: {FORMAT_VERSION}.")
     if set(files) != {CONFIG_FILE, WEIGHTS_FILE} or data != _json_bytes(manifest):
         raise CheckpointError(f"{path} is damaged: it is not as it was written. {_FETCH}")
-    for name in only or files:
-        entry, target = files[name], folder / name
+    for name, entry in files.items():
         if not isinstance(entry, dict) or set(entry) != {"bytes", "sha256"}:
             raise CheckpointError(f"{path} is damaged: bad entry for {name}. {_FETCH}")
-        try:
-            size = target.stat().st_size
-            digest = _sha256(target) if size == entry["bytes"] else None
-        except OSError as error:
-            raise CheckpointError(f"cannot read {target}: {error.strerror or error}.") from error
-        if digest is None:
-            raise CheckpointError(
-                f"{target} is damaged: it has {size} bytes, but the manifest says "
-                f"{entry['bytes']}. {_FETCH}"
-            )
-        if digest != entry["sha256"]:
-            raise CheckpointError(
-                f"{target} is damaged: its sha256 is not the manifest's. {_FETCH} If you changed "
-                "the file on purpose, call adm_rt.models.weight_folder.write_manifest(folder)."
-            )
+    return files
+
+
+def _check_size(target: Path, entry: dict) -> None:
+    try:
+        size = target.stat().st_size
+    except OSError as error:
+        raise CheckpointError(f"cannot read {target}: {error.strerror or error}.") from error
+    if size != entry["bytes"]:
+        raise CheckpointError(
+            f"{target} is damaged: it has {size} bytes, but the manifest says "
+            f"{entry['bytes']}. {_FETCH}"
+        )
 
 
 def _parse_info(path: Path) -> ModelInfo:

@@ -114,6 +114,9 @@ class GuidedRun:
         self._seeds, self._noise = None, None
         if draws_noise:
             self._seeds, self._noise = _check_noise(noise, len(self._timesteps), x)
+        prepare = getattr(engine, "prepare", None)  # not every engine has a use for it
+        if prepare is not None:
+            prepare([diffusion.scaled_timestep(t) for t in self._timesteps])
 
     def step(self, k, x, row, *, learned_variance=None, history=(), keep_output=False):
         """Step ``k`` from ``x`` with a row of coefficients made for this guidance scale.

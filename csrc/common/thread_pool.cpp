@@ -27,6 +27,7 @@ constexpr int64_t kRangesPerThread = 4;  // for balance when the cores are not e
 constexpr auto kSpin = std::chrono::microseconds(30);
 
 thread_local bool inside_body = false;
+thread_local const std::function<void()>* interrupt_poll = nullptr;  // of the calling thread
 
 inline void pause_cpu() {
 #if defined(__x86_64__)
@@ -63,6 +64,7 @@ struct Job {
       const int64_t begin = next.fetch_add(chunk, std::memory_order_relaxed);
       if (begin >= n) break;
       try {
+        if (interrupt_poll != nullptr && !was_inside) (*interrupt_poll)();
         (*body)(begin, std::min(n, begin + chunk));
       } catch (...) {
         if (!failed.exchange(true)) error = std::current_exception();
@@ -71,6 +73,19 @@ struct Job {
     inside_body = was_inside;
   }
 };
+
+// In one piece, or in a few when somebody wants to interrupt.
+void run_inline(int64_t n, int64_t grain, const std::function<void(int64_t, int64_t)>& body) {
+  if (interrupt_poll == nullptr || inside_body) {
+    body(0, n);
+    return;
+  }
+  const int64_t chunk = std::max(grain, (n + kRangesPerThread - 1) / kRangesPerThread);
+  for (int64_t begin = 0; begin < n; begin += chunk) {
+    (*interrupt_poll)();
+    body(begin, std::min(n, begin + chunk));
+  }
+}
 
 class Pool {
  public:
@@ -98,7 +113,7 @@ class Pool {
     std::unique_lock<std::mutex> owner(owner_, std::try_to_lock);
     const int64_t threads = this->threads();
     if (!owner.owns_lock() || threads == 1) {
-      body(0, n);
+      run_inline(n, grain, body);
       return;
     }
     Job job;
@@ -256,10 +271,16 @@ void parallel_for(int64_t n, int64_t grain, const std::function<void(int64_t, in
   if (n <= 0) return;
   grain = std::max<int64_t>(grain, 1);
   if (n <= grain || inside_body || num_threads() == 1) {
-    body(0, n);
+    run_inline(n, grain, body);
     return;
   }
   pool().run(n, grain, body);
 }
+
+InterruptScope::InterruptScope(const std::function<void()>* poll) : outer_(interrupt_poll) {
+  interrupt_poll = poll;
+}
+
+InterruptScope::~InterruptScope() { interrupt_poll = outer_; }
 
 }  // namespace adm_rt

@@ -24,4 +24,17 @@ void set_num_threads(int n);
 // Safe after fork(): the child makes a pool of its own on first use.
 void parallel_for(int64_t n, int64_t grain, const std::function<void(int64_t, int64_t)>& body);
 
+// While it lives, parallel_for calls `poll` on the calling thread now and then, also when it runs
+// inline. What poll throws ends the loop as an exception of a body does. Scopes may nest.
+class InterruptScope {
+ public:
+  explicit InterruptScope(const std::function<void()>* poll);
+  ~InterruptScope();
+  InterruptScope(const InterruptScope&) = delete;
+  InterruptScope& operator=(const InterruptScope&) = delete;
+
+ private:
+  const std::function<void()>* outer_;
+};
+
 }  // namespace adm_rt

@@ -128,7 +128,7 @@ def test_dropout_is_off():
 
 
 def test_it_is_an_engine_and_arrays_cross_the_border():
-    engine = engines.create("auto", tiny_network(), device="cpu", dtype="auto")
+    engine = engines.create("torch", tiny_network(), device="cpu", dtype="auto")
     assert isinstance(engine, engines.Engine)
     assert (engine.name, engine.device, engine.dtype) == ("torch", "cpu", "float32")
     values = np.arange(6, dtype=np.int64).reshape(2, 3)
@@ -156,7 +156,9 @@ def test_planned_engines_say_that_they_are_not_here_yet(name):
 
 def test_wrong_names_name_what_there_is():
     unet = tiny_network()
-    with pytest.raises(ValueError, match="engine='pytorch' is unknown; available: 'auto', 'torch'"):
+    with pytest.raises(
+        ValueError, match="engine='pytorch' is unknown; available: 'auto', 'native', 'torch'"
+    ):
         engines.create("pytorch", unet)
     with pytest.raises(ValueError, match="dtype='half'.*float16"):
         engines.create("torch", unet, dtype="half")

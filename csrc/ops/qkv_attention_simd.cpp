@@ -48,39 +48,6 @@ int64_t carve(const QkvAttentionShape& shape, float* base, ForwardScratch* scrat
   return used;
 }
 
-// Turns a block of logits into probabilities relative to the new maximum, and brings the
-// normalizer up to date; rescale is what the sums so far are to be multiplied with.
-template <int kVecs>
-inline void softmax_block(int64_t keys, const ForwardScratch& s) {
-  constexpr int w = Vec::kWidth;
-  for (int j = 0; j < kVecs; ++j) {
-    const Vec m = Vec::load(s.maximum + j * w);
-    exp2_shifted(Vec::load(s.previous + j * w) - m).store(s.rescale + j * w);
-  }
-  for (int j = 0; j < kVecs; ++j) {
-    const Vec m = Vec::load(s.maximum + j * w);
-    float* row = s.logits + j * w;
-    Vec even = Vec::zero(), odd = Vec::zero();
-    int64_t i = 0;
-    for (; i + 2 <= keys; i += 2, row += 2 * kPanel) {
-      const Vec p0 = exp2_shifted(Vec::load(row) - m);
-      const Vec p1 = exp2_shifted(Vec::load(row + kPanel) - m);
-      p0.store(row);
-      p1.store(row + kPanel);
-      even = even + p0;
-      odd = odd + p1;
-    }
-    if (i < keys) {
-      const Vec p0 = exp2_shifted(Vec::load(row) - m);
-      p0.store(row);
-      even = even + p0;
-    }
-    float* sum = s.normalizer + j * w;
-    mul_add(Vec::load(sum), Vec::load(s.rescale + j * w), even + odd).store(sum);
-    m.store(s.previous + j * w);
-  }
-}
-
 // One head, queries [first, first + count), count <= kVecs * width. v has row stride length.
 template <int kVecs>
 void query_block(const QkvAttentionShape& shape, const float* v, int64_t count,
@@ -94,7 +61,7 @@ void query_block(const QkvAttentionShape& shape, const float* v, int64_t count,
     const int64_t rest = shape.length - first;
     const int64_t keys = rest < kKeyBlock ? rest : kKeyBlock;
     gemm_rows<Write::kStoreMax, kVecs>(keys, d, s.key + first * d, d, s.query, s.logits, s.maximum);
-    softmax_block<kVecs>(keys, s);
+    softmax_block<kVecs>(keys, s.logits, {s.maximum, s.previous, s.rescale, s.normalizer});
     if (first == 0) {
       gemm_rows<Write::kStore, kVecs>(d, keys, v, shape.length, s.logits, s.sums, nullptr);
     } else {

@@ -159,6 +159,47 @@ inline void gemm_panel(int64_t rows, int64_t columns, int64_t depth, const float
   }
 }
 
+// What a streaming softmax keeps of each query (Milakov & Gimelshein 2018), [kPanel] each.
+struct SoftmaxState {
+  float* maximum;     // of all logits so far, the block at hand included
+  float* previous;    // the maximum before that block
+  float* rescale;     // out: what the sums so far are to be multiplied with
+  float* normalizer;  // sum of the probabilities so far
+};
+
+// Turns a block of logits [keys, kPanel] into probabilities relative to the new maximum, and brings
+// the state up to date.
+template <int kVecs>
+inline void softmax_block(int64_t keys, float* logits, const SoftmaxState& s) {
+  constexpr int w = Vec::kWidth;
+  for (int j = 0; j < kVecs; ++j) {
+    const Vec m = Vec::load(s.maximum + j * w);
+    exp2_shifted(Vec::load(s.previous + j * w) - m).store(s.rescale + j * w);
+  }
+  for (int j = 0; j < kVecs; ++j) {
+    const Vec m = Vec::load(s.maximum + j * w);
+    float* row = logits + j * w;
+    Vec even = Vec::zero(), odd = Vec::zero();
+    int64_t i = 0;
+    for (; i + 2 <= keys; i += 2, row += 2 * kPanel) {
+      const Vec p0 = exp2_shifted(Vec::load(row) - m);
+      const Vec p1 = exp2_shifted(Vec::load(row + kPanel) - m);
+      p0.store(row);
+      p1.store(row + kPanel);
+      even = even + p0;
+      odd = odd + p1;
+    }
+    if (i < keys) {
+      const Vec p0 = exp2_shifted(Vec::load(row) - m);
+      p0.store(row);
+      even = even + p0;
+    }
+    float* sum = s.normalizer + j * w;
+    mul_add(Vec::load(sum), Vec::load(s.rescale + j * w), even + odd).store(sum);
+    m.store(s.previous + j * w);
+  }
+}
+
 // dst[j][i] = src[i][j] * scale for i in [0, rows), j in [0, columns).
 inline void transpose(const float* src, int64_t ld_src, int64_t rows, int64_t columns, float* dst,
                       int64_t ld_dst, float scale = 1.0f) {

@@ -56,7 +56,7 @@ class Attention : public Op {
       });
       return;
     }
-    const int64_t block = ADM_RT_DISPATCH(attention_query_block(d, keys_));
+    const int64_t block = ADM_RT_DISPATCH(attention_query_block());
     const int64_t blocks = (queries_ + block - 1) / block;
     parallel_for(pairs * blocks, std::min(blocks, kBlocksPerTask), [&](int64_t begin, int64_t end) {
       float* scratch = thread_scratch(floats);

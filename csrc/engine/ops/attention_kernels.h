@@ -19,11 +19,11 @@ struct AttentionHead {
 
 #define ADM_RT_DECLARE_ATTENTION(ISA)                                                            \
   namespace ISA {                                                                                \
-  /* Queries that attention_queries takes at most: their logits stay in the cache. */            \
-  int64_t attention_query_block(int64_t head_dim, int64_t keys);                                 \
+  /* Queries that attention_queries takes at most. */                                            \
+  int64_t attention_query_block();                                                               \
   /* Floats of 64-byte aligned scratch that one thread needs. */                                 \
   int64_t attention_scratch(int64_t head_dim, int64_t keys);                                     \
-  /* Packs k (scaled) and v into the scratch. */                                                 \
+  /* Copies k and v into the scratch. */                                                         \
   void attention_pack(const AttentionHead& head, float* scratch);                                \
   /* Queries [begin, end), at most a block of them, of the head that was packed. */              \
   void attention_queries(const AttentionHead& head, int64_t begin, int64_t end, float* scratch); \

@@ -1,12 +1,13 @@
-// Attention on rows of pixels: logits and result are two products of gemm.h per block of queries,
-// with k (transposed, scaled) and v packed once per head. Keys are taken in tiles that stay in the
-// second-level cache; up to kKeyTile of them, which is every ADM model but at 64x64 pixels, there
-// is one tile and the softmax is the plain one. Over several tiles it is the streaming softmax of
-// Milakov & Gimelshein 2018.
+// Attention on rows of pixels. Logits and probabilities are [key][query], with the queries along
+// the vectors: the softmax needs no horizontal reduction. k and v are used as rows, as they lie in
+// memory, and the result comes out as rows; only a block of q is transposed.
+//
+// The keys go by in blocks, with the streaming softmax, so that the logits of a block stay in the
+// nearest caches. Whole rows of logits on the products of gemm.h, which fit the second-level cache
+// up to 1024 keys, were a tenth slower with AVX-512 and the same with AVX2 (Zen 4).
 #include <cstdint>
 
 #include "common/simd.h"
-#include "engine/gemm.h"
 #include "engine/ops/attention_kernels.h"
 #include "ops/qkv_attention_tile.h"
 
@@ -14,163 +15,206 @@ namespace adm_rt::ADM_RT_ISA {
 namespace {
 
 constexpr int64_t kWidth = Vec::kWidth;
-constexpr int64_t kKeyTile = 1024;   // a multiple of every panel width
-constexpr int64_t kMaxQueries = 48;  // a multiple of every row block
+// A tile of the result, as many sums as the registers hold; ADM's 64 channels are whole tiles.
+constexpr int kTileRows = ADM_RT_ISA_LEVEL == 1 ? 6 : 4;
+constexpr int kTileVecs = ADM_RT_ISA_LEVEL == 2 ? 4 : ADM_RT_ISA_LEVEL == 1 ? 2 : 1;
+constexpr int64_t kTileColumns = kTileVecs * kWidth;
+static_assert(kPanel % kTileRows == 0);
+constexpr int64_t kKeyBlock = 256;  // logits of a block: kKeyBlock * kPanel floats
 
 struct AttentionScratch {
-  float* k;       // panels of k, [keys / panel][head_dim][panel]
-  float* v;       // of each tile of keys panels of v, [head_dim / panel][keys][panel]
-  float* logits;  // [kMaxQueries, ld]
-  int64_t ld;
-  float* maximum;     // [kMaxQueries], so far
-  float* normalizer;  // [kMaxQueries], so far
+  float* k;       // [keys, head_dim]
+  float* v;       // [head_dim / kTileColumns, keys, kTileColumns], zero behind the last channel
+  float* q;       // [head_dim, kPanel], scaled by log2(e) / sqrt(head_dim)
+  float* logits;  // [kKeyBlock, kPanel]
+  float* sums;    // [kPanel, ld]
+  int64_t ld;     // head_dim in whole vectors
+  SoftmaxState softmax;
 };
 
 int64_t carve(int64_t head_dim, int64_t keys, float* base, AttentionScratch* s) {
-  const int64_t panel = gemm_panel_width();
   int64_t used = 0;
   const auto take = [&](int64_t n) {
     float* p = base == nullptr ? nullptr : base + used;
     used += round_up(n, 16);
     return p;
   };
-  const int64_t tile = keys < kKeyTile ? keys : kKeyTile;
-  // Rows that are 4 KiB apart would all compete for the same cache lines.
-  s->ld = round_up(tile, 16) + 16;
-  s->k = take(gemm_packed_floats(keys, head_dim, panel));
-  s->v = take(gemm_packed_floats(head_dim, keys, panel));
-  s->logits = take(kMaxQueries * s->ld);
-  s->maximum = take(kMaxQueries);
-  s->normalizer = take(kMaxQueries);
+  s->ld = round_up(head_dim, kWidth);
+  s->softmax = {take(kPanel), take(kPanel), take(kPanel), take(kPanel)};
+  s->q = take(head_dim * kPanel);
+  s->logits = take(kKeyBlock * kPanel);
+  s->sums = take(kPanel * s->ld);
+  s->k = take(keys * head_dim);
+  s->v = take(keys * round_up(head_dim, kTileColumns));
   return used;
 }
 
-float row_maximum(const float* x, int64_t n) {
-  Vec m0 = Vec::set1(-INFINITY), m1 = m0, m2 = m0, m3 = m0;
-  int64_t i = 0;
-  // max() gives its second operand when either is NaN: NaN reaches the logits, not the maximum.
-  for (; i + 4 * kWidth <= n; i += 4 * kWidth) {
-    m0 = max(Vec::load(x + i), m0);
-    m1 = max(Vec::load(x + i + kWidth), m1);
-    m2 = max(Vec::load(x + i + 2 * kWidth), m2);
-    m3 = max(Vec::load(x + i + 3 * kWidth), m3);
+// sums[i][j] = sums[i][j] * rescale[i] + sum_k p[k][i] * v[k][j], or only the sum when kFirst, for
+// kTileRows queries i and kVecs vectors of channels j; the row strides of p, v and sums are kPanel,
+// kTileColumns and ld.
+// Every sum is a variable of its own: gcc 12 keeps an array of them in memory.
+template <bool kFirst, int kVecs>
+inline void weigh_tile(int64_t keys, const float* p, const float* v, int64_t ld,
+                       const float* rescale, float* sums) {
+#define ADM_RT_FOR_ROWS(DO) DO(0) DO(1) DO(2) DO(3) DO(4) DO(5)
+#define ADM_RT_START(i)                                                             \
+  [[maybe_unused]] Vec s##i##0 = Vec::zero(), s##i##1 = s##i##0, s##i##2 = s##i##0, \
+                       s##i##3 = s##i##0;
+#define ADM_RT_STEP(i)                                          \
+  if constexpr (i < kTileRows) {                                \
+    const Vec x = Vec::set1(p[i]);                              \
+    s##i##0 = mul_add(x, v0, s##i##0);                          \
+    if constexpr (kVecs > 1) s##i##1 = mul_add(x, v1, s##i##1); \
+    if constexpr (kVecs > 2) s##i##2 = mul_add(x, v2, s##i##2); \
+    if constexpr (kVecs > 3) s##i##3 = mul_add(x, v3, s##i##3); \
   }
-  for (; i + kWidth <= n; i += kWidth) m0 = max(Vec::load(x + i), m0);
-  float maximum = max(max(m0, m1), max(m2, m3)).reduce_max();
-  for (; i < n; ++i) maximum = x[i] > maximum ? x[i] : maximum;
-  return maximum;
+#define ADM_RT_WRITE(i) \
+  if constexpr (i < kTileRows) write_row(i, s##i##0, s##i##1, s##i##2, s##i##3);
+
+  ADM_RT_FOR_ROWS(ADM_RT_START)
+  for (int64_t k = 0; k < keys; ++k, p += kPanel, v += kTileColumns) {
+    const Vec v0 = Vec::load(v);
+    [[maybe_unused]] const Vec v1 = kVecs > 1 ? Vec::load(v + kWidth) : v0;
+    [[maybe_unused]] const Vec v2 = kVecs > 2 ? Vec::load(v + 2 * kWidth) : v0;
+    [[maybe_unused]] const Vec v3 = kVecs > 3 ? Vec::load(v + 3 * kWidth) : v0;
+    ADM_RT_FOR_ROWS(ADM_RT_STEP)
+  }
+  const auto write_row = [&](int i, Vec a, Vec b, Vec c, Vec d) {
+    float* row = sums + i * ld;
+    const Vec factor = Vec::set1(rescale[i]);
+    const auto put = [&](int j, Vec s) {
+      if constexpr (!kFirst) s = mul_add(Vec::load(row + j * kWidth), factor, s);
+      s.store(row + j * kWidth);
+    };
+    put(0, a);
+    if constexpr (kVecs > 1) put(1, b);
+    if constexpr (kVecs > 2) put(2, c);
+    if constexpr (kVecs > 3) put(3, d);
+  };
+  ADM_RT_FOR_ROWS(ADM_RT_WRITE)
+#undef ADM_RT_FOR_ROWS
+#undef ADM_RT_START
+#undef ADM_RT_STEP
+#undef ADM_RT_WRITE
 }
 
-// x[i] = 2^(x[i] - maximum); returns their sum. Writes up to the next whole vector.
-float exponentials(float* x, int64_t n, float maximum) {
-  const Vec m = Vec::set1(maximum);
-  Vec sum0 = Vec::zero(), sum1 = sum0;
-  int64_t i = 0;
-  for (; i + 2 * kWidth <= n; i += 2 * kWidth) {
-    const Vec p0 = exp2_shifted(Vec::load(x + i) - m);
-    const Vec p1 = exp2_shifted(Vec::load(x + i + kWidth) - m);
-    p0.store(x + i);
-    p1.store(x + i + kWidth);
-    sum0 = sum0 + p0;
-    sum1 = sum1 + p1;
-  }
-  for (; i < n; i += kWidth) {
-    for (int64_t j = n; j < i + kWidth; ++j) x[j] = -INFINITY;
-    const Vec p0 = exp2_shifted(Vec::load(x + i) - m);
-    p0.store(x + i);
-    sum0 = sum0 + p0;
-  }
-  return (sum0 + sum1).reduce_add();
-}
-
-void scale_row(float* y, int64_t n, float factor) {
-  const Vec f = Vec::set1(factor);
-  int64_t i = 0;
-  for (; i + kWidth <= n; i += kWidth) (Vec::loadu(y + i) * f).storeu(y + i);
-  if (i < n) {
-    const int rest = static_cast<int>(n - i);
-    (Vec::load_partial(y + i, rest) * f).store_partial(y + i, rest);
-  }
-}
-
-// Panels of `width` columns: dst[panel][row][column], zero behind the last column.
-void pack_rows(const float* src, int64_t ld, int64_t rows, int64_t columns, int64_t width,
-               float* dst) {
-  for (int64_t column = 0; column < columns; column += width) {
-    const int64_t count = columns - column < width ? columns - column : width;
-    for (int64_t r = 0; r < rows; ++r, dst += width) {
-      const float* from = src + r * ld + column;
-      for (int64_t j = 0; j < width; j += kWidth) {
-        if (j + kWidth <= count) {
-          Vec::loadu(from + j).store(dst + j);
-        } else if (j < count) {
-          Vec::load_partial(from + j, static_cast<int>(count - j)).store(dst + j);
-        } else {
-          Vec::zero().store(dst + j);
-        }
+// The same for `queries` queries, rounded up to kTileRows, the keys [first, first + keys) and all
+// channels.
+template <bool kFirst>
+void weigh_values(int64_t queries, int64_t first, int64_t keys, int64_t all_keys,
+                  const AttentionScratch& s) {
+  for (int64_t c = 0; c < s.ld; c += kTileColumns) {
+    const float* v = s.v + c * all_keys + first * kTileColumns;
+    const int64_t vecs = (s.ld - c) / kWidth < kTileVecs ? (s.ld - c) / kWidth : kTileVecs;
+    for (int64_t i = 0; i < queries; i += kTileRows) {
+      const float* p = s.logits + i;
+      const float* rescale = s.softmax.rescale + i;
+      float* sums = s.sums + i * s.ld + c;
+      if (vecs == 1) weigh_tile<kFirst, 1>(keys, p, v, s.ld, rescale, sums);
+      if constexpr (kTileVecs >= 2) {
+        if (vecs == 2) weigh_tile<kFirst, 2>(keys, p, v, s.ld, rescale, sums);
+      }
+      if constexpr (kTileVecs >= 4) {
+        if (vecs == 3) weigh_tile<kFirst, 3>(keys, p, v, s.ld, rescale, sums);
+        if (vecs == 4) weigh_tile<kFirst, 4>(keys, p, v, s.ld, rescale, sums);
       }
     }
   }
+}
+
+// Queries that s.q holds, count <= kVecs * width of them: into s.sums, not yet normalised.
+template <int kVecs>
+void query_block(const AttentionHead& head, int64_t count, const AttentionScratch& s) {
+  const int64_t d = head.head_dim;
+  for (int64_t j = 0; j < kPanel; ++j) {
+    s.softmax.maximum[j] = s.softmax.previous[j] = -INFINITY;
+    s.softmax.normalizer[j] = 0.0f;
+  }
+  for (int64_t first = 0; first < head.keys; first += kKeyBlock) {
+    const int64_t rest = head.keys - first;
+    const int64_t keys = rest < kKeyBlock ? rest : kKeyBlock;
+    gemm_rows<Write::kStoreMax, kVecs>(keys, d, s.k + first * d, d, s.q, s.logits,
+                                       s.softmax.maximum);
+    softmax_block<kVecs>(keys, s.logits, s.softmax);
+    if (first == 0) {
+      weigh_values<true>(count, first, keys, head.keys, s);
+    } else {
+      weigh_values<false>(count, first, keys, head.keys, s);
+    }
+  }
+}
+
+// 2^(x - maximum) in place, zero up to the next whole vector; returns the sum.
+float exponentials(float* x, int64_t n) {
+  const int64_t padded = round_up(n, kWidth);
+  for (int64_t i = n; i < padded; ++i) x[i] = -INFINITY;
+  Vec m = Vec::set1(-INFINITY);
+  for (int64_t i = 0; i < padded; i += kWidth) m = max(Vec::load(x + i), m);
+  m = Vec::set1(m.reduce_max());
+  Vec sum = Vec::zero();
+  for (int64_t i = 0; i < padded; i += kWidth) {
+    const Vec p = exp2_shifted(Vec::load(x + i) - m);
+    p.store(x + i);
+    sum = sum + p;
+  }
+  return sum.reduce_add();
 }
 
 }  // namespace
 
-int64_t attention_query_block(int64_t, int64_t) { return kMaxQueries; }
+int64_t attention_query_block() { return kPanel; }
 
 int64_t attention_scratch(int64_t head_dim, int64_t keys) {
   AttentionScratch s;
-  return carve(head_dim, keys, nullptr, &s);
+  const int64_t blocks = carve(head_dim, keys, nullptr, &s);
+  const int64_t single = round_up(keys, 16);
+  return blocks > single ? blocks : single;
 }
 
 void attention_pack(const AttentionHead& head, float* scratch) {
-  const int64_t d = head.head_dim, keys = head.keys, panel = gemm_panel_width();
-  const float scale = logit_scale_base2(d);
+  const int64_t d = head.head_dim;
   AttentionScratch s;
-  carve(d, keys, scratch, &s);
-  float* k = s.k;
-  for (int64_t first = 0; first < keys; first += panel, k += d * panel) {
-    const int64_t count = keys - first < panel ? keys - first : panel;
-    transpose(head.k + first * head.row, head.row, count, d, k, panel, scale);
-    for (int64_t c = 0; count < panel && c < d; ++c) {
-      for (int64_t j = count; j < panel; ++j) k[c * panel + j] = 0.0f;
+  carve(d, head.keys, scratch, &s);
+  for (int64_t i = 0; i < head.keys; ++i) {
+    const float* k = head.k + i * head.row;
+    for (int64_t c = 0; c < d; c += kWidth) {
+      store_up_to(load_up_to(k + c, d - c), s.k + i * d, DType::kFloat32, c, d - c);
     }
-  }
-  const int64_t padded = round_up(d, panel);
-  for (int64_t first = 0; first < keys; first += kKeyTile) {
-    const int64_t count = keys - first < kKeyTile ? keys - first : kKeyTile;
-    pack_rows(head.v + first * head.row, head.row, count, d, panel, s.v + first * padded);
+    const float* v = head.v + i * head.row;
+    for (int64_t c = 0; c < d; c += kTileColumns) {
+      float* to = s.v + c * head.keys + i * kTileColumns;
+      for (int64_t j = 0; j < kTileColumns; j += kWidth) {
+        (c + j < d ? load_up_to(v + c + j, d - c - j) : Vec::zero()).store(to + j);
+      }
+    }
   }
 }
 
 void attention_queries(const AttentionHead& head, int64_t begin, int64_t end, float* scratch) {
-  const int64_t d = head.head_dim, keys = head.keys, queries = end - begin;
-  const int64_t padded = round_up(d, gemm_panel_width());
+  const int64_t d = head.head_dim, count = end - begin;
   AttentionScratch s;
-  carve(d, keys, scratch, &s);
-  const float* q = head.q + begin * head.row;
-  float* out = head.out + begin * head.out_row;
-  for (int64_t first = 0; first < keys; first += kKeyTile) {
-    const int64_t count = keys - first < kKeyTile ? keys - first : kKeyTile;
-    gemm(queries, count, d, q, head.row, s.k + first * d, s.logits, s.ld, false);
-    for (int64_t i = 0; i < queries; ++i) {
-      float* row = s.logits + i * s.ld;
-      float maximum = row_maximum(row, count);
-      if (first == 0) {
-        s.normalizer[i] = exponentials(row, count, maximum);
-      } else {
-        maximum = maximum > s.maximum[i] ? maximum : s.maximum[i];
-        alignas(64) float shift[kWidth];
-        exp2_shifted(Vec::set1(s.maximum[i] - maximum)).store(shift);
-        const float sum = exponentials(row, count, maximum);
-        s.normalizer[i] = s.normalizer[i] * shift[0] + sum;
-        scale_row(out + i * head.out_row, d, shift[0]);
-      }
-      s.maximum[i] = maximum;
-    }
-    gemm(queries, d, count, s.logits, s.ld, s.v + first * padded, out, head.out_row, first > 0);
+  carve(d, head.keys, scratch, &s);
+  transpose(head.q + begin * head.row, head.row, count, d, s.q, kPanel, logit_scale_base2(d));
+  const int64_t vecs = (count + kWidth - 1) / kWidth;
+  for (int64_t c = 0; count < vecs * kWidth && c < d; ++c) {
+    for (int64_t j = count; j < vecs * kWidth; ++j) s.q[c * kPanel + j] = 0.0f;
   }
-  for (int64_t i = 0; i < queries; ++i) {
-    scale_row(out + i * head.out_row, d, 1.0f / s.normalizer[i]);
+  if (vecs == 1) query_block<1>(head, count, s);
+  if constexpr (kPanelVecs >= 2) {
+    if (vecs == 2) query_block<2>(head, count, s);
+  }
+  if constexpr (kPanelVecs >= 3) {
+    if (vecs == 3) query_block<3>(head, count, s);
+  }
+  if constexpr (kPanelVecs >= 4) {
+    if (vecs == 4) query_block<4>(head, count, s);
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    const Vec factor = Vec::set1(1.0f / s.softmax.normalizer[i]);
+    float* out = head.out + (begin + i) * head.out_row;
+    for (int64_t c = 0; c < d; c += kWidth) {
+      store_up_to(Vec::load(s.sums + i * s.ld + c) * factor, out, DType::kFloat32, c, d - c);
+    }
   }
 }
 
@@ -179,8 +223,7 @@ void attention_single(const AttentionHead& head, float* scratch) {
   const float scale = logit_scale_base2(d);
   float* logits = scratch;
   for (int64_t i = 0; i < keys; ++i) logits[i] = dot(head.q, head.k + i * head.row, d) * scale;
-  const float normalizer = exponentials(logits, keys, row_maximum(logits, keys));
-  const float factor = 1.0f / normalizer;
+  const Vec factor = Vec::set1(1.0f / exponentials(logits, keys));
   for (int64_t c = 0; c < d; c += kWidth) {
     const int64_t rest = d - c;
     Vec even = Vec::zero(), odd = Vec::zero();
@@ -191,7 +234,7 @@ void attention_single(const AttentionHead& head, float* scratch) {
       odd = mul_add(Vec::set1(logits[i + 1]), load_up_to(v + head.row, rest), odd);
     }
     if (i < keys) even = mul_add(Vec::set1(logits[i]), load_up_to(v, rest), even);
-    store_up_to((even + odd) * Vec::set1(factor), head.out + c, DType::kFloat32, 0, rest);
+    store_up_to((even + odd) * factor, head.out, DType::kFloat32, c, rest);
   }
 }
 

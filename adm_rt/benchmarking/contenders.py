@@ -61,7 +61,7 @@ CONTENDERS = {
         "openvino": Entry(
             f"{_HERE}:OpenVino",
             "OpenVINO",
-            2.6,
+            3.0,
             1.0,
             needs=("torch", "onnx", "openvino"),
             exports=True,

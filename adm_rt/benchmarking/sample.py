@@ -19,7 +19,7 @@ import numpy as np
 from adm_rt.benchmarking import contenders, machine, sampling_cases
 from adm_rt.benchmarking.contenders import CONTENDERS, OURS, Setup
 from adm_rt.benchmarking.worker import Worker, WorkerError
-from adm_rt.trajectory import free_memory
+from adm_rt.engines.memory import free_memory
 
 # Relative to the largest value of eager PyTorch's output; of images, the share of values that may
 # differ by more than one of 255 levels.
@@ -189,7 +189,7 @@ def _model_rows(model, cases, names, folder, args):
         part = [n for n in part if graphs is not None or not CONTENDERS[args.device][n].exports]
         with contextlib.ExitStack() as stack:
             setup = Setup(folders, graphs or {}, args.thread_count)
-            workers = _start(part, setup, stack, args)
+            workers = _start(part, setup, folder / "packed", stack, args)
             for case in cases:
                 result += _case_rows(model, case, workers, folders, args)
     return result
@@ -219,12 +219,12 @@ def _graphs(model, cases, folders, folder, args):
     return files
 
 
-def _start(names, setup, stack, args):
+def _start(names, setup, cache, stack, args):
     """name -> Worker with its contender loaded; those that fail are left out with the reason."""
     workers = {}
     for name in names:
         begin = time.perf_counter()
-        worker = stack.enter_context(Worker(name, args.core_list, args.isa))
+        worker = stack.enter_context(Worker(name, args.core_list, args.isa, cache))
         try:
             worker.call("load", CONTENDERS[args.device][name].factory, setup)
         except WorkerError as error:

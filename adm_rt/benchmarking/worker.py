@@ -33,9 +33,10 @@ class WorkerError(RuntimeError):
     """The process reported an error or died; the message says which contender and why."""
 
 
-def environment(threads, isa="auto"):
-    """os.environ with the settings of a worker."""
+def environment(threads, isa="auto", cache=None):
+    """os.environ with the settings of a worker. cache: a folder for packed weights, None for no."""
     own = {
+        "ADM_RT_CACHE": str(cache or "off"),
         "OMP_NUM_THREADS": str(threads),
         "MKL_NUM_THREADS": str(threads),
         "ADM_RT_NUM_THREADS": str(threads),
@@ -48,7 +49,7 @@ def environment(threads, isa="auto"):
 class Worker:
     """A contender that runs elsewhere. Closing it ends its process."""
 
-    def __init__(self, name, cores, isa="auto"):
+    def __init__(self, name, cores, isa="auto", cache=None):
         self.name = name
         self._log = tempfile.TemporaryFile()
         self._connection, theirs = Pipe()
@@ -56,7 +57,7 @@ class Worker:
             command = [sys.executable, "-m", "adm_rt.benchmarking.worker", str(theirs.fileno())]
             self._process = subprocess.Popen(
                 [*command, ",".join(map(str, cores))],
-                env=environment(len(cores), isa),
+                env=environment(len(cores), isa, cache),
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=self._log,

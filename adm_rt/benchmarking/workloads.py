@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import types
 
 import numpy as np
@@ -31,21 +32,39 @@ def request(contender, kind, cfg, arrays, guidance_scale):
     diffusion = diffusion_of(cfg)
     own = {name: engine.from_numpy(values) for name, values in arrays.items()}
     x, y = own["x"], own["y"]
-    t = float(diffusion.scaled_timestep(float(diffusion.timestep_map[MIDDLE])))
+    times = Timesteps(diffusion)
     labels = y if cfg.class_cond else None
     if kind == "forward":
-        return lambda: engine.to_numpy(engine.denoise(x, t, labels))
+        return lambda: engine.to_numpy(engine.denoise(x, times.scaled(), labels))
     if kind == "gradient":
-        return lambda: engine.to_numpy(engine.classifier_gradient(x, t, y))
+        return lambda: engine.to_numpy(engine.classifier_gradient(x, times.scaled(), y))
     if _is_published(engine):
-        return _published(kind, engine, diffusion, own, arrays["seeds"], guidance_scale)
+        return _published(kind, engine, diffusion, times, own, arrays["seeds"], guidance_scale)
     if kind == "step":
-        return _step(engine, diffusion, own, guidance_scale)
+        return _step(engine, diffusion, times, own, guidance_scale)
     if pipeline is not None:
         options = {"steps": STEPS, "sampler": "ddpm", "guidance_scale": guidance_scale}
         options.update(classes=arrays["y"].tolist(), seeds=arrays["seeds"].tolist())
         return lambda: pipeline(len(x), **options, batch_size=len(x), progress=False).images
     return _sample(engine, cfg, diffusion, y, arrays["seeds"], guidance_scale)
+
+
+class Timesteps:
+    """That of the middle step first, then another one each time, a thousandth further.
+
+    Nobody gets away with the embedding of the request before.
+    """
+
+    def __init__(self, diffusion):
+        self._diffusion, self._count = diffusion, itertools.count()
+
+    def original(self):
+        """In the original process, as the samplers want it."""
+        return float(self._diffusion.timestep_map[MIDDLE]) + next(self._count) / 1000
+
+    def scaled(self):
+        """As the networks want it."""
+        return float(self._diffusion.scaled_timestep(self.original()))
 
 
 def _is_published(engine):
@@ -54,23 +73,26 @@ def _is_published(engine):
     return type(engine) is Eager
 
 
-def _step(engine, diffusion, own, guidance_scale):
+def _step(engine, diffusion, times, own, guidance_scale):
     from adm_rt.samplers.ddpm import coefficients
     from adm_rt.samplers.guided_step import GuidedRun
 
     row = coefficients(diffusion, MIDDLE, guidance_scale)
-    run = GuidedRun(
-        engine,
-        own["x"],
-        diffusion,
-        own["y"],
-        guidance_scale,
-        timesteps=[diffusion.timestep_map[MIDDLE]],
-        draws_noise=True,
-        noise=[own["noise"]],
-    )
-    learned = diffusion.learn_sigma
-    return lambda: engine.to_numpy(run.step(0, own["x"], row, learned_variance=learned).x)
+    noise = {"draws_noise": True, "noise": [own["noise"]]}
+
+    def step():
+        run = GuidedRun(
+            engine,
+            own["x"],
+            diffusion,
+            own["y"],
+            guidance_scale,
+            timesteps=[times.original()],
+            **noise,
+        )
+        return engine.to_numpy(run.step(0, own["x"], row, learned_variance=diffusion.learn_sigma).x)
+
+    return step
 
 
 def _sample(engine, cfg, diffusion, y, seeds, guidance_scale):
@@ -90,7 +112,7 @@ def _sample(engine, cfg, diffusion, y, seeds, guidance_scale):
     return run
 
 
-def _published(kind, engine, diffusion, own, seeds, guidance_scale):
+def _published(kind, engine, diffusion, times, own, seeds, guidance_scale):
     """p_sample and p_sample_loop; the noise is given, so that images can be compared."""
     import torch
 
@@ -102,8 +124,7 @@ def _published(kind, engine, diffusion, own, seeds, guidance_scale):
     tables = types.SimpleNamespace(**arrays)
     y, shape = own["y"], own["x"].shape
 
-    def step(x, i, noise):
-        t = float(diffusion.scaled_timestep(float(diffusion.timestep_map[i])))
+    def step(x, i, t, noise):
         out = engine.denoise(x, t, y)
         gradient = engine.classifier_gradient(x, t, y) * guidance_scale
         with torch.no_grad():
@@ -111,7 +132,7 @@ def _published(kind, engine, diffusion, own, seeds, guidance_scale):
             return baselines.ddpm_update(tables, x, out, index, gradient, noise)
 
     if kind == "step":
-        return lambda: step(own["x"], MIDDLE, own["noise"]).numpy()
+        return lambda: step(own["x"], MIDDLE, times.scaled(), own["noise"]).numpy()
     draws = [philox_normal(seeds, shape[1:], step=0, purpose=INITIAL_NOISE)]
     draws += [philox_normal(seeds, shape[1:], step=k, purpose=STEP_NOISE) for k in range(STEPS)]
     draws = [torch.from_numpy(draw) for draw in draws]
@@ -119,7 +140,8 @@ def _published(kind, engine, diffusion, own, seeds, guidance_scale):
     def sample():
         x = draws[0]
         for k, i in enumerate(reversed(range(STEPS))):
-            x = step(x, i, draws[k + 1])
+            t = float(diffusion.scaled_timestep(float(diffusion.timestep_map[i])))
+            x = step(x, i, t, draws[k + 1])
         return ((x + 1) * 127.5).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
 
     return sample

@@ -10,7 +10,7 @@ import pytest
 from tiny_models import tiny_config
 
 from adm_rt import benchmarking
-from adm_rt.benchmarking import contenders, machine, sample, sampling_cases, worker
+from adm_rt.benchmarking import contenders, machine, sample, sampling_cases, worker, workloads
 from adm_rt.benchmarking.contenders import CONTENDERS, Entry, Setup
 from adm_rt.benchmarking.sampling_cases import BenchModel, Case
 from adm_rt.benchmarking.worker import Worker, WorkerError
@@ -44,7 +44,7 @@ def run(*flags):
 class Inline:
     """A ``Worker`` in this process: seconds instead of a minute where the process is not tested."""
 
-    def __init__(self, name, cores, isa="auto"):
+    def __init__(self, name, cores, isa="auto", cache=None):
         self.name, self.server = name, worker._Server()
 
     def call(self, method, *args):
@@ -136,7 +136,12 @@ def test_workers_are_pinned_and_keep_freed_memory():
         environ = Path(f"/proc/{process._process.pid}/environ")
         if environ.exists():
             text = environ.read_text()
-            for setting in ("MALLOC_MMAP_MAX_=0", "OMP_NUM_THREADS=1", "ADM_RT_CPU_ISA=avx2"):
+            for setting in (
+                "MALLOC_MMAP_MAX_=0",
+                "OMP_NUM_THREADS=1",
+                "ADM_RT_CPU_ISA=avx2",
+                "ADM_RT_CACHE=off",
+            ):
                 assert setting in text
 
 
@@ -246,3 +251,25 @@ def test_what_is_not_installed_is_said(monkeypatch):
     monkeypatch.setitem(CONTENDERS["cpu"], "eager", entry)
     assert "no_such_package is not installed (pip install" in contenders.missing("eager")
     assert run() == 1
+
+
+def test_each_request_has_a_timestep_of_its_own():
+    """Else an engine that keeps embeddings would be timed without them."""
+    seen = []
+
+    class Engine:
+        def from_numpy(self, values):
+            return values
+
+        to_numpy = from_numpy
+
+        def denoise(self, x, t, y):
+            seen.append(t)
+            return x
+
+    cfg = TINY.diffusion
+    arrays = sampling_cases.inputs(TINY, Case("tiny", "forward", 1, True))
+    forward = workloads.request(Engine(), "forward", cfg, arrays, 1.0)
+    forward(), forward(), forward()
+    middle = float(workloads.diffusion_of(cfg).timestep_map[workloads.MIDDLE])
+    assert seen == pytest.approx([middle, middle + 1e-3, middle + 2e-3], abs=1e-9)

@@ -10,11 +10,12 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from adm_rt.data import area_downsample
 from adm_rt.diffusion import Diffusion, losses
 from adm_rt.ops.philox import image_seeds, philox_normal
 from adm_rt.trajectory import from_uint8
 
-NLL_NOISE = 18  # purpose of the noise at step t, see adm_rt.ops.philox
+NLL_NOISE = 34  # purpose of the noise at step t; training and sampling have others
 
 
 def bits_per_dim(
@@ -119,8 +120,7 @@ def _checked(cfg, images, labels):
 def _inputs(cfg, x0, labels, rows):
     inputs = []
     if cfg.kind == "upsampler":
-        size = (cfg.small_size, cfg.small_size)
-        inputs.append(torch.nn.functional.interpolate(x0, size, mode="area"))
+        inputs.append(area_downsample(x0, cfg.small_size))
     return [*inputs, None if labels is None else labels[rows].to(x0.device)]
 
 

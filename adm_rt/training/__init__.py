@@ -1,14 +1,17 @@
 """Training of diffusion models and noisy classifiers through the same ops that sampling uses.
 
-``Trainer`` runs any task (``DiffusionTask``, ``ClassifierTask``); ``adm-rt train`` is its command.
+``train`` makes a whole run from names and numbers, as ``adm-rt train`` does. ``Trainer`` runs a
+task (``DiffusionTask``, ``UpsamplerTask``, ``ClassifierTask``) on a network of one's own.
 """
 
 import importlib
 
 _EXPORTS = {
+    "train": "run",
     "Trainer": "trainer",
     "TrainConfig": "trainer",
     "DiffusionTask": "tasks",
+    "UpsamplerTask": "tasks",
     "ClassifierTask": "tasks",
 }
 __all__ = list(_EXPORTS)

@@ -1,151 +1,188 @@
-"""``adm-rt train diffusion|classifier``: flags, the plan that is printed, the run, the export."""
+"""``adm-rt train diffusion|classifier|upsampler``: flags, guided-diffusion's names among them."""
 
 import argparse
 import dataclasses
 
-from adm_rt.models.config import ModelConfig
+from adm_rt.commands.flags import add, boolean, set_threads
+from adm_rt.models.config import CLASSIFIER_ALIASES, ModelConfig
+from adm_rt.training.config import TrainConfig
 
-_HELP = {
-    "iterations": "updates to make; training never runs without an end",
-    "out": "folder for checkpoints, log.csv and the final model; a run in it is continued",
-    "batch_size": "images of one update",
-    "lr": "learning rate of AdamW",
-    "warmup_steps": "linear rise of the learning rate at the start",
-    "cooldown_steps": "linear fall of the learning rate to zero at the end",
-    "weight_decay": "of AdamW",
-    "grad_clip": "largest norm of the gradient, 0: no limit",
-    "ema_rate": "decay of the moving average that becomes the final model",
-    "precision": "float32 or bf16 (autocast, float32 master weights)",
-    "seed": "of the weights, timesteps and noise",
-    "log_interval": "updates between rows of log.csv",
-    "save_interval": "updates between checkpoints",
-    "keep": "newest checkpoints that are kept",
-}
-_SHARED = {
-    "norm_groups",
-    "image_size",
+_SHARED = (
     "num_channels",
     "num_res_blocks",
+    "channel_mult",
+    "attention_resolutions",
     "num_heads",
     "num_head_channels",
-    "attention_resolutions",
-    "channel_mult",
     "dropout",
     "use_checkpoint",
     "use_scale_shift_norm",
     "resblock_updown",
     "rescale_residual",
+    "norm_groups",
     "use_new_attention_order",
     "diffusion_steps",
     "noise_schedule",
     "rescale_timesteps",
+)
+_DENOISER = (
+    "num_heads_upsample",
+    "learn_sigma",
+    "sigma_small",
+    "predict_xstart",
+    "rescale_learned_sigmas",
+    "use_kl",
+)
+_MODEL_FLAGS = {
+    "diffusion": ("image_size", *_SHARED, *_DENOISER),
+    "classifier": ("image_size", *_SHARED, "pool"),
+    "upsampler": ("large_size", "small_size", *_SHARED, *_DENOISER),
 }
-_OWN = {
-    "classifier": {"pool"},
-    "diffusion": {
-        "num_heads_upsample",
-        "learn_sigma",
-        "sigma_small",
-        "predict_xstart",
-        "rescale_learned_sigmas",
-        "use_kl",
-    },
+_WORDS = {
+    "diffusion": "a denoiser",
+    "classifier": "the noisy classifier that guides one",
+    "upsampler": "a model that enlarges images",
 }
 
 
 def add_arguments(parser):
-    """Add ``diffusion`` and ``classifier`` below the ``train`` command."""
-    from adm_rt.training.trainer import TrainConfig
-
-    commands = parser.add_subparsers(dest="what", required=True, metavar="diffusion|classifier")
-    for what, own in _OWN.items():
+    """Add ``diffusion``, ``classifier`` and ``upsampler`` below the ``train`` command."""
+    commands = parser.add_subparsers(dest="what", required=True, metavar="|".join(_WORDS))
+    for what, words in _WORDS.items():
         command = commands.add_parser(
-            what, help=f"train a {'noisy ' * (what == 'classifier')}{what} model"
+            what,
+            help=f"train {words}",
+            description=f"Train {words}. A run that is in --out is continued.",
+            argument_default=argparse.SUPPRESS,  # run.train knows the defaults
+            allow_abbrev=False,
         )
         command.usage = f"{command.prog} --iterations N --out FOLDER [options]"
-        add = command.add_argument
-        add("--data", default="glyphs", choices=["glyphs"], help="data set (glyphs)")
-        add("--data-seed", type=int, default=1, help="seed of the data stream (1)")
-        add("--threads", type=int, default=0, help="torch threads (torch's own number)")
-        add(
-            "--export-dtype",
-            default="float16",
-            choices=("float32", "float16", "bfloat16"),
-            help="dtype of the final weights (float16)",
+        _add_data(command, what)
+        _add_training(command, what)
+        _add_model(command, what)
+
+
+def _add_data(command, what):
+    add(
+        command,
+        "--data",
+        "--data-dir",
+        metavar="SPEC",
+        help="a folder, an .npz file, an LSUN folder, glyphs or digits (glyphs)",
+    )
+    add(command, "--data-seed", type=int, metavar="N", help="of the order, and of glyphs (1)")
+    add(command, "--random-crop", type=boolean, metavar="BOOL", help="(as published: classifiers)")
+    add(command, "--random-flip", type=boolean, metavar="BOOL", help="(as published: yes)")
+    add(command, "--on-bad", choices=("error", "skip"), help="what a damaged image does (error)")
+    add(command, "--workers", type=int, metavar="N", help="threads that read ahead (0)")
+    add(command, "--num-classes", type=int, metavar="N", help="(as many as the data have)")
+    if what == "classifier":
+        add(command, "--val-data", "--val-data-dir", metavar="SPEC", help="held-out images")
+        add(command, "--val-images", type=int, metavar="N", help="of them, the first (1000)")
+        return
+    add(command, "--class-cond", type=boolean, metavar="BOOL", help="(yes, if there are labels)")
+    add(
+        command,
+        "--class-dropout",
+        type=float,
+        metavar="P",
+        help="share of labels left out, for classifier-free guidance (0)",
+    )
+    add(
+        command,
+        "--noise-jitter",
+        type=float,
+        metavar="J",
+        help="vary the noise's amplitude from image to image, for narrow networks (0)",
+    )
+    add(command, "--sample-count", type=int, metavar="N", help="images in a grid of samples (16)")
+    add(command, "--sample-steps", type=int, metavar="N", help="steps they are made in (25)")
+
+
+def _add_training(command, what):
+    group = command.add_argument_group("training")
+    add(group, "--init", metavar="MODEL", help="fine-tune: zoo name, folder or .pt")
+    add(
+        group,
+        "--export-dtype",
+        choices=("float32", "float16", "bfloat16"),
+        help="dtype of the final weights (float16)",
+    )
+    add(group, "--threads", type=int, metavar="N", help="CPU threads (torch's own number)")
+    for field in dataclasses.fields(TrainConfig):
+        required = field.default is dataclasses.MISSING
+        names = [field.name]
+        if field.name == "sample_interval":
+            if what == "classifier":
+                names.append("eval_interval")
+            shown = "save_interval; 0: none"
+        else:
+            shown = None if required else field.default
+        kind = {"iterations": int, "out": str}.get(field.name) or type(field.default)
+        help_line = (
+            field.metadata["help"]
+            if field.name != "sample_interval"
+            else ("updates between looks at the EMA model: samples, or accuracy on --val-data")
         )
-        group = command.add_argument_group("training")
-        for field in dataclasses.fields(TrainConfig):
-            _add_field(group, field, required=field.default is dataclasses.MISSING)
-        group = command.add_argument_group("model and diffusion (guided-diffusion's flags)")
-        for field in dataclasses.fields(ModelConfig):
-            if field.name in _SHARED | own:
-                _add_field(group, field)
-        if what == "classifier":
-            command.set_defaults(num_head_channels=64)  # as published; its pooling needs a number
+        _add_field(group, names, kind, help_line, shown, required)
+    # guided-diffusion's names for what has another one here
+    add(group, "--use-fp16", type=boolean, metavar="BOOL", help="the same as --precision fp16")
+    if what == "classifier":
+        add(
+            group,
+            "--anneal-lr",
+            type=boolean,
+            metavar="BOOL",
+            help="the same as --lr-anneal-steps with the number of iterations",
+        )
+    add(group, "--resume-checkpoint", action=_Refused, help=argparse.SUPPRESS)
 
 
-def _add_field(group, field, required=False):
-    name = field.name
-    kind = {"iterations": int, "out": str}[name] if required else type(field.default)
-    options = {"required": True} if required else {"default": field.default}
-    words = _HELP.get(name, "")
-    options["help"] = words if required else f"{words} ({field.default!r})".strip()
-    options["metavar"] = {bool: "BOOL", str: "TEXT"}.get(kind, "N")
-    options["type"] = _boolean if kind is bool else kind
-    names = dict.fromkeys((f"--{name.replace('_', '-')}", f"--{name}"))
-    group.add_argument(*names, dest=name, **options)
+def _add_model(command, what):
+    group = command.add_argument_group("model and diffusion (guided-diffusion's flags)")
+    add(group, "--preset", metavar="NAME", help="the flags of a released model")
+    published = ModelConfig.classifier() if what == "classifier" else ModelConfig()
+    for name in _MODEL_FLAGS[what]:
+        names = [name]
+        if what == "classifier" and name in CLASSIFIER_ALIASES:
+            names.append(CLASSIFIER_ALIASES[name])
+        default = getattr(published, name)
+        shown = None if name in ("large_size", "small_size") else default
+        _add_field(group, names, type(default), "", shown)
 
 
-def _boolean(text):
-    if text.lower() in ("1", "true", "yes", "t", "y"):
-        return True
-    if text.lower() in ("0", "false", "no", "f", "n"):
-        return False
-    raise argparse.ArgumentTypeError(f"{text!r} is not one of true, false")
+def _add_field(group, names, kind, words, shown, required=False):
+    text = words if shown is None else f"{words} ({shown})".strip()
+    add(
+        group,
+        *(f"--{name.replace('_', '-')}" for name in names),
+        dest=names[0],
+        type=boolean if kind is bool else kind,
+        metavar={bool: "BOOL", str: "TEXT"}.get(kind, "N"),
+        help=text.replace("%", "%%"),
+        **({"required": True} if required else {}),
+    )
+
+
+class _Refused(argparse.Action):
+    def __call__(self, parser, namespace, values, option_string=None):
+        parser.error(
+            f"argument {option_string}: a run is continued by giving its --out again; --init MODEL "
+            "starts a new one from trained weights"
+        )
 
 
 def run(args):
     """Train what ``args`` (parsed by ``add_arguments``) says; writes ``<out>/final``."""
-    import torch
+    from adm_rt.training.run import train
 
-    from adm_rt import models
-    from adm_rt.commands.flags import set_threads
-    from adm_rt.data import GLYPH_CLASSES
-    from adm_rt.diffusion import Diffusion
-    from adm_rt.training.tasks import ClassifierTask, DiffusionTask, GlyphStream
-    from adm_rt.training.trainer import TrainConfig, Trainer
-
-    values = vars(args)
-    flags = {f.name: values[f.name] for f in dataclasses.fields(ModelConfig) if f.name in values}
-    classes = list(GLYPH_CLASSES)
-    flags |= {"kind": args.what, "num_classes": len(classes)}
-    flags["class_cond"] = args.what == "diffusion"
-    cfg = ModelConfig(**flags)
-    config = TrainConfig(**{f.name: values[f.name] for f in dataclasses.fields(TrainConfig)})
-    set_threads(args.threads or None)
-    torch.manual_seed(config.seed)
-    model = models.build(cfg)
-    diffusion = Diffusion.from_config(cfg.diffusion_config())
-    data = GlyphStream(cfg.image_size, config.batch_size, args.data_seed)
-    data.batch(0)  # what is wrong with the data shows before anything is written
-    if args.what == "diffusion":
-        task = DiffusionTask(diffusion, data, cfg.class_cond)
-    else:
-        task = ClassifierTask(diffusion, data)
-    parameters = sum(p.numel() for p in model.parameters())
-    print(
-        f"adm-rt train: {args.what} {cfg.image_size}x{cfg.image_size}, {parameters:,} parameters, "
-        f"{config.iterations:,} updates of {config.batch_size} images from {args.data}, "
-        f"{config.precision}, {torch.get_num_threads()} threads, into {config.out}",
-        flush=True,
-    )
-    trainer = Trainer(model, task, config)
-    weights = trainer.run()
-    models.save_model(
-        trainer.out / "final",
-        (cfg, weights),
-        dtype=args.export_dtype,
-        class_names=classes,
-        overwrite=True,
-    )
-    print(f"adm-rt train: wrote {trainer.out / 'final'} after {trainer.seconds:.0f} s of training")
+    values = {k: v for k, v in vars(args).items() if k not in ("command", "run")}
+    set_threads(values.pop("threads", None))
+    if values.pop("use_fp16", False):
+        if values.setdefault("precision", "fp16") != "fp16":
+            raise ValueError(f"--use-fp16 and --precision {values['precision']} disagree")
+    if values.pop("anneal_lr", False):
+        values.setdefault("lr_anneal_steps", values["iterations"])
+    if values.get("microbatch") == -1:  # guided-diffusion's "none"
+        values["microbatch"] = 0
+    train(**values)

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from adm_rt.data import area_downsample
 from adm_rt.diffusion import losses
 from adm_rt.errors import NonFiniteError
 from adm_rt.ops.philox import image_seeds, philox_normal, philox_randint
@@ -21,7 +22,7 @@ from adm_rt.samplers import SAMPLERS
 from adm_rt.training.monitor import write_aside
 from adm_rt.trajectory import Stage, from_uint8, run_stage
 
-_VALIDATION_NOISE, _VALIDATION_LEVEL = 16, 17  # purposes of their own, see adm_rt.ops.philox
+_VALIDATION_NOISE, _VALIDATION_LEVEL = 32, 33  # purposes of their own, see randomness.py
 
 
 class SampleGrid:
@@ -44,13 +45,14 @@ class SampleGrid:
         if cfg.class_cond:
             index = np.arange(len(self.seeds), dtype=np.int64)
             self.labels = index % cfg.num_classes if truth_labels is None else truth_labels
+        self.summary = f"{len(self.seeds)} samples in {self.diffusion.num_timesteps} steps"
         if cfg.kind == "upsampler" and truth is None:
             raise ValueError("truth=None: the grid of an upsampler needs images to enlarge.")
 
     def __call__(self, step, network):
         cfg, low = self.cfg, None
         if self.truth is not None:
-            low = area_downsampled(torch.from_numpy(from_uint8(self.truth)), cfg.small_size)
+            low = area_downsample(torch.from_numpy(from_uint8(self.truth)), cfg.small_size)
             low = _uint8(low)
         stage = Stage(
             title=f"samples of step {step}",
@@ -81,18 +83,20 @@ class SampleGrid:
 class Validation:
     """Top-1 and top-5 accuracy and loss of a noisy classifier on held-out images, by noise level.
 
-    dataset: ``get(index, draw)`` and ``len``; the first ``num_images`` are used (all, if fewer).
+    dataset: from ``adm_rt.data.open_dataset``; its first ``num_images`` are used (all, if fewer).
     Image i is noised to a level of its own, the same at every step. Returns ``val_loss``,
     ``val_top1``, ``val_top5`` and each by quartile of t (``val_top1_q0`` is the least noisy).
     """
 
     def __init__(self, dataset, diffusion, num_classes, num_images=1000, batch_size=64, seed=0):
-        size = len_or_none(dataset)
+        size = dataset.num_images
         self.count = num_images if size is None else min(num_images, size)
         if self.count < 1:
             raise ValueError(f"the validation set {dataset.name} has no images.")
         self.dataset, self.diffusion, self.batch_size = dataset, diffusion, batch_size
+        self.summary = f"accuracy on {self.count:,} images of {dataset.name}"
         self.seeds = image_seeds(seed, self.count)
+        self._index = range(self.count)
         self.num_classes = num_classes
         self.t = philox_randint(self.seeds, diffusion.num_timesteps, purpose=_VALIDATION_LEVEL)
 
@@ -101,7 +105,8 @@ class Validation:
         parts = []
         for start in range(0, self.count, self.batch_size):
             rows = slice(start, min(start + self.batch_size, self.count))
-            x0, y = first_images(self.dataset, rows)
+            images, labels = self.dataset.get_many(self._index[rows], self._index[rows])
+            x0, y = torch.from_numpy(from_uint8(images)), torch.from_numpy(labels)
             check_labels(y, self.num_classes, self.dataset.name, start)
             noise = philox_normal(self.seeds[rows], x0.shape[1:], purpose=_VALIDATION_NOISE)
             t = torch.from_numpy(self.t[rows])
@@ -134,18 +139,6 @@ def classification_terms(logits, y):
     }
 
 
-def area_downsampled(x0, size):
-    """The low-resolution input of an upsampler: x0 [N, C, S, S] -> [N, C, size, size] by area."""
-    return F.interpolate(x0, (size, size), mode="area")
-
-
-def first_images(dataset, rows):
-    """Images ``rows`` (a slice) of a dataset: float32 [n, 3, S, S] in [-1, 1], int64 labels [n]."""
-    pairs = [dataset.get(index, 0) for index in range(rows.start, rows.stop)]
-    images = from_uint8(np.stack([image for image, _ in pairs]))
-    return torch.from_numpy(images), torch.tensor([label for _, label in pairs])
-
-
 def check_labels(y, num_classes, name, first=0):
     """ValueError naming the first label of ``y`` int64 [N] that is not in [0, num_classes)."""
     bad = ((y < 0) | (y >= num_classes)).nonzero().flatten().tolist()
@@ -158,11 +151,6 @@ def check_labels(y, num_classes, name, first=0):
         f"{num_classes - 1}. Give the model the data's number of classes (num_classes), train "
         "without classes (class_cond=False), or mend the labels."
     )
-
-
-def len_or_none(dataset):
-    """The number of images of a dataset, None for an endless one."""
-    return dataset.__len__()  # len() refuses None
 
 
 def _uint8(x):

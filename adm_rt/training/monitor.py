@@ -17,6 +17,7 @@ import sys
 import time
 from pathlib import Path
 
+_ESTIMATE_AFTER = 6  # updates, the first not counted: it is slower than the rest
 _LAST = ("lr", "loss_scale", "skipped")  # the newest value says more than a mean
 _QUARTILES = range(4)
 
@@ -68,6 +69,7 @@ class Monitor:
         self._bar = self._open_bar(step)
         self._started = time.monotonic() - seconds
         self._row_time, self._row_step, self._paused = time.monotonic(), step, 0.0
+        self._first = (step + 1, None)
 
     def record(self, step, per_image, scalars=None):
         """Note one update; ``step`` is the number of updates done.
@@ -81,6 +83,7 @@ class Monitor:
             self._scalars.setdefault(name, []).append(float(value))
         if self._bar is not None:
             self._bar.update(step - self._bar.n)
+        self._estimate(step)
         if step % self.config.log_interval == 0 or step == self.config.iterations:
             self._write_row(step)
 
@@ -116,6 +119,16 @@ class Monitor:
             self._writer = None
         if self._log.path.exists() and importlib.util.find_spec("matplotlib") is not None:
             plot_losses(self._log.path, self.out / "loss.png")
+
+    def _estimate(self, step):
+        """After a few updates say how long the rest will take."""
+        first, then = self._first
+        if step == first:
+            self._first = (step, time.monotonic())
+        elif step == first + _ESTIMATE_AFTER - 1 and step < self.config.iterations:
+            each = (time.monotonic() - then) / (step - first)
+            left = self.config.iterations - step
+            self.say(f"time: {duration(each * left)} for {left:,} updates of {each:.3g} s")
 
     def _clear(self):
         self._batches, self._scalars = [], {}
@@ -254,6 +267,13 @@ def plot_losses(log, path):
     buffer = io.BytesIO()
     FigureCanvasAgg(figure).print_png(buffer)
     write_aside(path, buffer.getvalue())
+
+
+def duration(seconds):
+    """ "about 40 s", "about 12 min", "about 3.5 h"."""
+    if seconds < 90:
+        return f"about {seconds:.0f} s"
+    return f"about {seconds / 60:.0f} min" if seconds < 5400 else f"about {seconds / 3600:.1f} h"
 
 
 def write_aside(path, data):

@@ -1,4 +1,4 @@
-"""What one training step optimises: the hybrid diffusion objective, or the noisy classifier's.
+"""What one training step optimises: a denoiser's objective, an upsampler's, a noisy classifier's.
 
 A task turns a step number into a batch and rows of a batch into per-image losses. Its randomness
 comes from the ``StepRandom`` it is given and its data from the step's position in the stream, so a
@@ -8,9 +8,12 @@ resumed run repeats the uninterrupted one, and so does a run on another number o
 import dataclasses
 
 import torch
-import torch.nn.functional as F
 
+from adm_rt.data import area_downsample
 from adm_rt.diffusion import losses
+from adm_rt.request import check_number
+from adm_rt.training.evaluations import check_labels, classification_terms
+from adm_rt.training.randomness import CLASS_DROPOUT, NOISE_AMPLITUDE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,41 +43,54 @@ class Batch:
         return Batch(self.x0.to(device), self.y.to(device), self.first, extra)
 
 
-class GlyphStream:
-    """Batches of ``adm_rt.data.glyphs``: batch k of a seed is always the same."""
-
-    def __init__(self, image_size, batch_size, seed):
-        self.image_size = image_size
-        self.batch_size = batch_size
-        self.seed = seed
-
-    def batch(self, step, rank=0, world_size=1):
-        """The share of ``rank`` in batch ``step``.
-
-        Returns images [n, 3, S, S] float32 in [-1, 1], labels [n] int64, and the position of the
-        first of them in the stream.
-        """
-        from adm_rt.data import glyphs
-
-        start = self.batch_size * rank // world_size
-        count = self.batch_size * (rank + 1) // world_size - start
-        first = step * self.batch_size + start
-        images, labels = glyphs(count, self.image_size, seed=self.seed, first=first)
-        pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
-        return pixels.contiguous(), torch.from_numpy(labels), first
-
-
 class DiffusionTask:
-    """The hybrid objective of Nichol & Dhariwal 2021 (eq. 16): L_simple + the bound for v."""
+    """The objective of ``diffusion``, by default the hybrid one of Improved DDPM (eq. 16).
 
-    def __init__(self, diffusion, data, class_cond):
+    diffusion: the process; its flags choose the target and the loss (``losses.training_losses``).
+    data: has ``batch(step, rank, world_size)``, such as ``adm_rt.data.BatchStream``. class_cond:
+    hand the labels to the network. num_classes: refuse labels outside 0 .. num_classes - 1
+    (ValueError names the image). class_dropout: the share of images whose label becomes
+    num_classes, the null class of classifier-free guidance (Ho & Salimans 2022).
+
+    noise_jitter: each image's noise is multiplied by 1 + noise_jitter * z, z standard normal,
+    between 0.3 and 2, in x_t and in the target alike. A narrow network otherwise learns to answer
+    with noise of unit amplitude whatever it is shown, and few-step samplers leave grain; so it has
+    to measure the amplitude (cf. input perturbation, Ning et al. 2023, arXiv 2301.11706).
+    """
+
+    def __init__(
+        self, diffusion, data, class_cond, *, num_classes=None, class_dropout=0.0, noise_jitter=0.0
+    ):
+        check_number("class_dropout", class_dropout, 0.0, 1.0)
+        check_number("noise_jitter", noise_jitter, 0.0, 1.0)
+        if class_dropout and (not class_cond or num_classes is None):
+            raise ValueError(
+                f"class_dropout={class_dropout} needs class_cond=True and num_classes, the number "
+                "of the null class; set it to 0 for a model without classes."
+            )
         self.diffusion = diffusion
         self.data = data
         self.class_cond = class_cond
+        self.num_classes = num_classes
+        self.class_dropout = class_dropout
+        self.noise_jitter = noise_jitter
 
     def batch(self, step, rank=0, world_size=1):
         """The share of process ``rank`` in the global batch of update ``step``: a ``Batch``."""
-        return Batch(*self.data.batch(step, rank, world_size))
+        batch = Batch(*self.data.batch(step, rank, world_size))
+        if self.class_cond and self.num_classes is not None:
+            check_labels(batch.y, self.num_classes, _name(self.data, step), batch.first)
+        return batch
+
+    def describe(self):
+        """What the losses depend on beside the network, for JSON; a resumed run must have it."""
+        return {
+            "diffusion": self.diffusion.to_config(),
+            "class_cond": self.class_cond,
+            "class_dropout": self.class_dropout,
+            "noise_jitter": self.noise_jitter,
+            **_description(self.data),
+        }
 
     def losses(self, model, batch, random, schedule_sampler):
         """Values [n] by name for the rows of ``batch``.
@@ -83,31 +99,92 @@ class DiffusionTask:
         the log. ``random`` is the ``StepRandom`` of these rows.
         """
         t, weight = (v.to(batch.x0.device) for v in schedule_sampler.sample(random, len(batch)))
-        noise = random.normal(batch.x0.shape[1:]).to(batch.x0.device)
+        noise = self._noise(batch, random)
         x_t = losses.q_sample(self.diffusion, batch.x0, t, noise)
-        y = batch.y if self.class_cond else None
-        output = model(x_t, self.diffusion.model_timesteps(t), y)
+        times = self.diffusion.model_timesteps(t)
+        output = model(x_t, times, *self._conditions(batch), self._labels(batch, random))
         values = losses.training_losses(self.diffusion, output.float(), batch.x0, x_t, t, noise)
         return {**values, "t": t, "weight": weight}
 
+    def _noise(self, batch, random):
+        noise = random.normal(batch.x0.shape[1:])
+        if self.noise_jitter:
+            amplitude = 1 + self.noise_jitter * random.normal((1, 1, 1), NOISE_AMPLITUDE)
+            noise = noise * amplitude.clamp(0.3, 2.0)
+        return noise.to(batch.x0.device)
+
+    def _conditions(self, batch):
+        """What the network takes between the timesteps and the labels."""
+        return ()
+
+    def _labels(self, batch, random):
+        if not self.class_cond:
+            return None
+        if not self.class_dropout:
+            return batch.y
+        dropped = (random.uniform(CLASS_DROPOUT) < self.class_dropout).to(batch.y.device)
+        return torch.where(dropped, self.num_classes, batch.y)
+
+
+class UpsamplerTask(DiffusionTask):
+    """``DiffusionTask`` for an upsampler (section 4.3): the network also sees a small image.
+
+    The small image, [n, 3, small_size, small_size], is the batch's image reduced by area. Further
+    arguments as in ``DiffusionTask``.
+    """
+
+    def __init__(self, diffusion, data, small_size, class_cond, **options):
+        super().__init__(diffusion, data, class_cond, **options)
+        self.small_size = small_size
+
+    def batch(self, step, rank=0, world_size=1):
+        """As in ``DiffusionTask``, with ``extra["low_res"]``."""
+        batch = super().batch(step, rank, world_size)
+        extra = {"low_res": area_downsample(batch.x0, self.small_size)}
+        return dataclasses.replace(batch, extra=extra)
+
+    def describe(self):
+        """As in ``DiffusionTask``, with ``small_size``."""
+        return {**super().describe(), "small_size": self.small_size}
+
+    def _conditions(self, batch):
+        return (batch.extra["low_res"],)
+
 
 class ClassifierTask:
-    """Cross-entropy on images noised to a random level (section 4.1)."""
+    """Cross-entropy on images noised to a random level (section 4.1).
 
-    def __init__(self, diffusion, data):
+    num_classes: refuse labels outside 0 .. num_classes - 1 (ValueError names the image).
+    """
+
+    def __init__(self, diffusion, data, *, num_classes=None):
         self.diffusion = diffusion
         self.data = data
+        self.num_classes = num_classes
 
     def batch(self, step, rank=0, world_size=1):
         """The share of process ``rank`` in the global batch of update ``step``: a ``Batch``."""
-        return Batch(*self.data.batch(step, rank, world_size))
+        batch = Batch(*self.data.batch(step, rank, world_size))
+        if self.num_classes is not None:
+            check_labels(batch.y, self.num_classes, _name(self.data, step), batch.first)
+        return batch
+
+    def describe(self):
+        """What the losses depend on beside the network, for JSON; a resumed run must have it."""
+        return {"diffusion": self.diffusion.to_config(), **_description(self.data)}
 
     def losses(self, model, batch, random, schedule_sampler):
-        """Per-image "loss", "accuracy" (0 or 1) and "t" [n]; the sampler's weights are not used."""
+        """Per-image "loss", "top1" and "top5" (0 or 1) and "t" [n], no "weight", as published."""
         t, _ = (v.to(batch.x0.device) for v in schedule_sampler.sample(random, len(batch)))
         noise = random.normal(batch.x0.shape[1:]).to(batch.x0.device)
         x_t = losses.q_sample(self.diffusion, batch.x0, t, noise)
         logits = model(x_t, self.diffusion.model_timesteps(t)).float()
-        loss = F.cross_entropy(logits, batch.y, reduction="none")
-        accuracy = (logits.detach().argmax(1) == batch.y).float()
-        return {"loss": loss, "accuracy": accuracy, "t": t}
+        return {**classification_terms(logits, batch.y), "t": t}
+
+
+def _name(data, step):
+    return f"{getattr(getattr(data, 'dataset', None), 'name', 'the data')}, batch {step}"
+
+
+def _description(data):
+    return {"data": data.describe()} if hasattr(data, "describe") else {}

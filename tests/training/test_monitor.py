@@ -14,7 +14,7 @@ from tiny_models import tiny_network
 from adm_rt.data import glyphs
 from adm_rt.diffusion import Diffusion
 from adm_rt.training.evaluations import SampleGrid, Validation, classification_terms
-from adm_rt.training.monitor import Monitor
+from adm_rt.training.monitor import Monitor, duration
 
 
 @dataclasses.dataclass
@@ -101,6 +101,16 @@ def test_progress_goes_to_stderr(tmp_path, capsys):
     assert out == "" and "6/6" in err
 
 
+def test_a_time_estimate_after_a_few_updates(tmp_path, capsys):
+    monitor = Monitor(tmp_path, Config(iterations=100), 100, tensorboard=False)
+    monitor.start(10)
+    for step in range(11, 18):
+        monitor.record(step, {"loss": torch.ones(4), "t": T}, {})
+    monitor.close()
+    assert capsys.readouterr().err.count(" for 84 updates of ") == 1
+    assert [duration(s) for s in (40, 725, 12600)] == ["about 40 s", "about 12 min", "about 3.5 h"]
+
+
 def test_tensorboard_gets_the_same_numbers(tmp_path, monkeypatch):
     seen = []
 
@@ -174,13 +184,11 @@ class FixedSet:
 
     def __init__(self, count, label=None):
         self.images, _ = glyphs(count, 16, labels=3)
+        self.num_images = count
         self.labels = np.arange(count) % 5 if label is None else np.full(count, label)
 
-    def __len__(self):
-        return len(self.images)
-
-    def get(self, index, draw):
-        return self.images[index], int(self.labels[index])
+    def get_many(self, indices, draws):
+        return self.images[list(indices)], self.labels[list(indices)]
 
 
 class KnowsTheLevel(torch.nn.Module):

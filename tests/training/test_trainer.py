@@ -1,6 +1,5 @@
-"""The training loop: exact resume, schedules, stops, and what the command writes."""
+"""The training loop: exact resume, schedules, stops."""
 
-import argparse
 import math
 
 import numpy as np
@@ -12,7 +11,7 @@ from adm_rt.data import BatchStream, open_dataset
 from adm_rt.diffusion import Diffusion
 from adm_rt.errors import NonFiniteError
 from adm_rt.models import ModelConfig
-from adm_rt.training import ClassifierTask, DiffusionTask, TrainConfig, Trainer, cli
+from adm_rt.training import ClassifierTask, DiffusionTask, TrainConfig, Trainer
 
 TINY = {
     "image_size": 8,
@@ -125,33 +124,3 @@ def test_bad_configuration_names_the_field(change):
     (name, value) = next(iter(change.items()))
     with pytest.raises(ValueError, match=f"{name}="):
         TrainConfig(**({"iterations": 1, "out": "x"} | {name: value}))
-
-
-@pytest.mark.parametrize("what", ["diffusion", "classifier"])
-def test_the_command_writes_a_model_that_loads(tmp_path, what, capsys):
-    parser = argparse.ArgumentParser()
-    cli.add_arguments(parser)
-    flags = [what, "--iterations", "2", "--out", str(tmp_path / "run"), "--batch-size", "4"]
-    for name, value in TINY.items():
-        if name != "num_classes":
-            flags += [f"--{name.replace('_', '-')}", str(value)]
-    cli.run(parser.parse_args(flags))
-    assert "parameters" in capsys.readouterr().out
-    module = models.load_model(tmp_path / "run" / "final")
-    assert module.cfg.num_classes == 36
-    assert module.cfg.kind == what
-
-
-def test_classifiers_have_the_published_heads_by_default():
-    parser = argparse.ArgumentParser()
-    cli.add_arguments(parser)
-    args = parser.parse_args(["classifier", "--iterations", "1", "--out", "x"])
-    assert args.num_head_channels == 64
-
-
-def test_iterations_are_required(capsys):
-    parser = argparse.ArgumentParser()
-    cli.add_arguments(parser)
-    with pytest.raises(SystemExit):
-        parser.parse_args(["diffusion", "--out", "x"])
-    assert "--iterations" in capsys.readouterr().err

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import datetime
 import os
+import warnings
 
 import torch
 import torch.distributed as dist
@@ -166,6 +167,8 @@ def shard(model, processes):
 
     from adm_rt.models.blocks import AttentionBlock, ResBlock
 
+    # An attention block's output is a view, but nothing in the networks changes a tensor in place.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     mesh = init_device_mesh(processes.device.type, (processes.world_size,))
     for module in model.modules():
         if isinstance(module, AttentionBlock | ResBlock):

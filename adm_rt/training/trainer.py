@@ -62,15 +62,18 @@ class Trainer:
         self.network = self._over_processes()
         self.parameters = dict(model.named_parameters())
         self.averages = Ema(self.parameters, config.ema_rates, config.ema_ramp)
+        self._fused = not self.sharded
         self.optimizer = torch.optim.AdamW(
-            self.parameters.values(), lr=config.lr, weight_decay=config.weight_decay
+            self.parameters.values(),
+            lr=config.lr,
+            weight_decay=config.weight_decay,
+            fused=self._fused,
         )
         self.schedule_sampler = schedule_samplers.create(
             config.schedule_sampler, task.diffusion.num_timesteps
         )
         scale = config.initial_lg_loss_scale if config.precision == "fp16" else 0.0
-        growth = config.fp16_scale_growth if config.precision == "fp16" else 0.0
-        self.loss_scale = LossScale(scale, growth)
+        self.loss_scale = LossScale(scale, config.fp16_scale_growth)
         self.checkpoints = Checkpoints(self.out, config.keep)
         self.step = 0
         self.seconds = 0.0
@@ -183,7 +186,8 @@ class Trainer:
             self.optimizer.step()
             self.averages.update(self.parameters, self.step)
             self.schedule_sampler.update(per_image["t"], per_image["loss"])
-        self.loss_scale.update(good)
+        if config.precision == "fp16":
+            self.loss_scale.update(good)
         self.skipped += not good
         self.bad_in_a_row = 0 if good else self.bad_in_a_row + 1
         self.step += 1
@@ -231,7 +235,6 @@ class Trainer:
         return DistributedDataParallel(
             self.model,
             device_ids=None if index is None else [index],
-            broadcast_buffers=False,
             gradient_as_bucket_view=True,
         )
 
@@ -425,7 +428,7 @@ class Trainer:
             if moments["step"] is None:
                 continue  # no update has reached it yet
             kept = self.optimizer.state[p]
-            kept["step"] = moments["step"].clone()
+            kept["step"] = moments["step"].to(p.device if self._fused else "cpu", copy=True)
             for key in _MOMENTS[1:]:
                 kept[key] = torch.zeros_like(p, memory_format=torch.preserve_format)
                 distributed.assign(kept[key], moments[key])

@@ -1,0 +1,113 @@
+"""Several processes make the run of one, and the death of one ends all with a message."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from tiny_training import assert_same_bits
+
+from adm_rt.training import distributed
+
+SCRIPT = Path(__file__).with_name("forked_runs.py")
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def scenario(name, folder):
+    """What the scenario ``name`` of forked_runs.py printed, and its last line as JSON."""
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), name, str(folder)],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env=ENVIRONMENT,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout, json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Folder of the runs of ``forked_runs.parity``: 20 updates, the last one of a single image."""
+    folder = tmp_path_factory.mktemp("parity")
+    _, codes = scenario("parity", folder)
+    assert set(codes) == {0}
+    return folder
+
+
+def state(folder):
+    return load_file(folder / "step_0000020" / "state.safetensors")
+
+
+@pytest.mark.parametrize("name", ["two", "three", "microbatches", "fsdp"])
+def test_processes_and_microbatches_make_the_run_of_one_process(runs, name):
+    one, other = state(runs / "one"), state(runs / name)
+    assert one.keys() == other.keys()
+    for key in (key for key in one if key.startswith(("model.", "ema."))):
+        tensor = one[key]
+        difference = (other[key].double() - tensor.double()).norm()
+        assert difference <= 1e-5 * tensor.double().norm(), key
+    expected, seen = (json.loads((runs / n / "rows.json").read_text()) for n in ("one", name))
+    if name == "fsdp":
+        expected = expected[10:]  # it continued the checkpoint of a single process
+    for (step, t, loss), (other_step, other_t, other_loss) in zip(expected, seen, strict=True):
+        assert (step, t) == (other_step, other_t)  # in the order of the global batch
+        assert other_loss == pytest.approx(loss, rel=1e-4)
+    assert len(seen[-1][1]) == 1
+
+
+def test_a_stopped_run_of_two_processes_continues_bit_for_bit(runs):
+    assert_same_bits(state(runs / "two"), state(runs / "stopped"))
+
+
+def test_a_dead_or_silent_process_ends_the_run_with_a_message(tmp_path):
+    text, report = scenario("lost", tmp_path)
+    assert report["killed"] == [1, -9, 1]
+    assert report["hanging"] == [1]
+    assert report["seconds"] < 60
+    lines = [line for line in text.splitlines() if "another process of the run is gone" in line]
+    assert len(lines) == 3
+    for line in lines:
+        assert "at step 4" in line and "step_0000003" in line, line
+
+
+@pytest.mark.parametrize(
+    ("variables", "named"),
+    [
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2"),
+        ({"RANK": "x", "WORLD_SIZE": "2"}, "RANK='x'"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "MASTER_ADDR"),
+    ],
+    ids=str,
+)
+def test_an_environment_that_cannot_be_is_named(monkeypatch, variables, named):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=named):
+        distributed.start("cpu")
+
+
+def test_cuda_is_refused_where_there_is_none(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(ValueError, match="device='cuda'"):
+        distributed.start("cuda")
+    assert distributed.start("auto").device.type == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("local_rank", "count", "index"), [("3", 4, 3), ("3", 1, 0), ("4", 4, None)]
+)
+def test_the_device_is_the_local_ranks(monkeypatch, local_rank, count, index):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: count)
+    monkeypatch.setenv("LOCAL_RANK", local_rank)
+    if index is None:
+        with pytest.raises(ValueError, match="LOCAL_RANK=4"):
+            distributed._device("auto", 8)
+    else:
+        assert distributed._device("auto", 8).index == index

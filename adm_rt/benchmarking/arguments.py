@@ -64,7 +64,7 @@ def add_sample(parser):
         help="who runs beside eager PyTorch: native, torch (our engines), onnxruntime, openvino, "
         "compile (default: all that are here but compile, whose start takes minutes)",
     )
-    parser.add_argument("--rounds", type=int, default=7, help="samples of each (default: 7)")
+    parser.add_argument("--rounds", type=int, default=5, help="samples of each (default: 5)")
     parser.add_argument(
         "--threads", default="1", metavar="N|all", help="of every contender (default: 1)"
     )

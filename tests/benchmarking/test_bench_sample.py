@@ -17,6 +17,7 @@ from adm_rt.benchmarking.worker import Worker, WorkerError
 
 KEYS = {"name", "sizes", "device", "ours_ms", "baseline_ms", "ratio", "max_error"}
 KEYS |= {"processor", "isa", "versions", "commit", "threads", "cores", "ours", "baseline"}
+NATIVE = CONTENDERS["cpu"]["native"]
 TINY = BenchModel(
     "tiny", tiny_config(noise_schedule="cosine"), tiny_config("classifier"), guidance_scale=2.0
 )
@@ -70,7 +71,9 @@ class Wrong(contenders.Eager):
         return super().denoise(x, t, y) * 1.01
 
 
-def test_rows(tmp_path, capsys):
+def test_rows(tmp_path, capsys, monkeypatch):
+    table = {"eager": CONTENDERS["cpu"]["eager"], "native": NATIVE}
+    monkeypatch.setitem(CONTENDERS, "cpu", table)
     file = tmp_path / "rows.json"
     chart = tmp_path / "chart.png"
     assert run("--json", str(file), "--chart", str(chart)) == 0, capsys.readouterr()
@@ -78,7 +81,7 @@ def test_rows(tmp_path, capsys):
     assert [row["name"] for row in rows] == [f"tiny {kind}" for kind in sampling_cases.KINDS]
     for row in rows:
         assert set(row) >= KEYS
-        assert (row["ours"], row["baseline"], row["device"]) == ("torch", "eager", "cpu")
+        assert (row["ours"], row["baseline"], row["device"]) == ("native", "eager", "cpu")
         assert row["ours_ms"] > 0 and row["ratio"] == pytest.approx(
             row["baseline_ms"] / row["ours_ms"]
         )

@@ -176,3 +176,15 @@ def test_rotated_is_the_data_gradient():
     (expected,) = torch.autograd.grad(torch.nn.functional.conv2d(x, weight, padding=1), x, grad)
     ours = torch.nn.functional.conv2d(grad, rotated(weight), padding=1)
     torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_64x64_classifier_whole():
+    """Against autograd in float32: float64 takes too long here."""
+    cfg = preset("64x64_classifier")
+    torch.manual_seed(0)
+    classifier = randomized(NoisyClassifier(cfg), seed=0)
+    x, t, y = inputs(cfg, count=1)
+    ours = run(ClassifierGradient(classifier), x, t, y)
+    x.requires_grad_(True)
+    chosen = torch.log_softmax(classifier(x, t), dim=-1)[0, y[0]]
+    assert relative_error(ours, torch.autograd.grad(chosen, x)[0].double()) <= 1e-5

@@ -21,12 +21,17 @@
 namespace adm_rt::engine {
 namespace {
 
-// Floats of V and M that a block aims at: they stream through the second-level cache.
-constexpr int64_t kBlockFloats = 1024 * 1024;
-constexpr int64_t kMinBlockTiles = 32;
-constexpr int64_t kMaxBlockTiles = 128;
+// Tiles of a block: the weights are read once per block, while V and M stay near. A multiple of the
+// rows of every microkernel; half of it where that shares the blocks out evenly among the threads.
+constexpr int64_t kBlockTiles = 48;
 // As many tiles as this take no longer than reading the transformed weights from memory.
 constexpr int64_t kTilesPerWeightRead = 13;
+// With so few output channels a product costs next to nothing, and these are the last layers, whose
+// rounding errors nothing dilutes; with so few input channels the direct convolution's rounding
+// errors are far below those of F(4x4), and a network must stay within twice of them. Both take the
+// most exact tile, F(2x2).
+constexpr int64_t kFewChannelsOut = 16;
+constexpr int64_t kFewChannelsIn = 32;
 // F(6x6) only on images of this size.
 constexpr int64_t kMinFastEdge = 64;
 
@@ -47,7 +52,9 @@ int64_t plane_floats(int64_t tiles, int64_t row) { return ceil_div(tiles * row, 
 // The edge of the output tile with the fewest products. A layer of few tiles waits for its weights,
 // of which a larger tile has more. By the layer's shape alone: an image must not depend on its
 // batch.
-int64_t choose_tile(int64_t height, int64_t width, bool fast) {
+int64_t choose_tile(int64_t height, int64_t width, int64_t channels_in, int64_t channels_out,
+                    bool fast) {
+  if (channels_in <= kFewChannelsIn || channels_out <= kFewChannelsOut) return 2;
   int64_t best = 0, best_cost = 0;
   for (const int64_t tile : {int64_t{2}, int64_t{4}, int64_t{6}}) {
     if (tile == 6 && !(fast && height >= kMinFastEdge && width >= kMinFastEdge)) continue;
@@ -145,15 +152,14 @@ class Conv3x3 : public Op {
         !has_bias_ || arguments.weight_shape("bias") == std::vector<int64_t>{s.channels_out},
         "conv3x3: bias must have the shape [", s.channels_out, "]");
 
-    s.tile = choose_tile(s.height, s.width, arguments.integer("fast", 0) != 0);
+    s.tile = choose_tile(s.height, s.width, channels_in, s.channels_out,
+                         arguments.integer("fast", 0) != 0);
     s.tile_rows = ceil_div(s.height, s.tile);
     s.tile_columns = ceil_div(s.width, s.tile);
     s.strip_tiles = std::min(strip_tiles_of(s.tile), s.tile_columns);
     s.segments = s.tile_rows * ceil_div(s.tile_columns, s.strip_tiles);
     s.v_row = row_floats(channels_in);
     s.m_row = row_floats(s.channels_out);
-    const int64_t wanted = kBlockFloats / (s.planes() * (s.v_row + s.m_row));
-    block_segments_ = ceil_div(std::clamp(wanted, kMinBlockTiles, kMaxBlockTiles), s.strip_tiles);
     weight_plane_ = gemm_packed_floats(s.channels_out, channels_in, panel_width_);
   }
 
@@ -192,16 +198,23 @@ class Conv3x3 : public Op {
     t.y = context.output(y_);
     t.moments = stats_ < 0 ? nullptr : context.scratch;
 
-    const int64_t segments = context.batch * shape_.segments;
-    const int64_t blocks = ceil_div(segments, block_segments_);
+    const int64_t threads = num_threads(), segments = context.batch * shape_.segments;
+    int64_t block_segments = 0, blocks = 0;
+    bool own_blocks = false;
+    for (const int64_t tiles : {kBlockTiles, kBlockTiles / 2, kBlockTiles}) {
+      block_segments = ceil_div(tiles, shape_.strip_tiles);
+      blocks = ceil_div(segments, block_segments);
+      own_blocks = blocks % threads == 0 || blocks >= 4 * threads;
+      if (own_blocks) break;
+    }
     const auto run_blocks = [&](int64_t begin, int64_t end) {
       for (int64_t block = begin; block < end; ++block) {
-        const int64_t first = block * block_segments_;
-        run_block(t, context.packed, first, std::min(first + block_segments_, segments));
+        const int64_t first = block * block_segments;
+        run_block(t, context.packed, first, std::min(first + block_segments, segments),
+                  own_blocks ? 1 : threads);
       }
     };
-    const int64_t threads = num_threads();
-    if (blocks >= 3 * threads || blocks % threads == 0) {
+    if (own_blocks) {
       parallel_for(blocks, 1, run_blocks);  // parallel_for inside runs inline
     } else {
       run_blocks(0, blocks);
@@ -218,7 +231,7 @@ class Conv3x3 : public Op {
 
  private:
   void run_block(const Conv3x3Tensors& t, const float* packed, int64_t segment_begin,
-                 int64_t segment_end) const {
+                 int64_t segment_end, int64_t threads) const {
     const Conv3x3Shape& s = shape_;
     Conv3x3Block block;
     block.segment_begin = segment_begin;
@@ -231,7 +244,7 @@ class Conv3x3 : public Op {
 
     // Input: by chunks of channels, and by segments where that leaves threads without work.
     const int64_t chunks = conv3x3_input_chunks(s), segments = segment_end - segment_begin;
-    const int64_t groups = std::min(segments, ceil_div(2 * num_threads(), chunks));
+    const int64_t groups = std::min(segments, threads == 1 ? 1 : ceil_div(2 * threads, chunks));
     parallel_for(chunks * groups, 1, [&](int64_t begin, int64_t end) {
       for (int64_t task = begin; task < end; ++task) {
         const int64_t group = task % groups;
@@ -311,7 +324,6 @@ class Conv3x3 : public Op {
   const CpuIsa isa_;
   const int64_t panel_width_;
   Conv3x3Shape shape_;
-  int64_t block_segments_ = 1;
   int64_t weight_plane_ = 0;  // floats of a plane of packed weights
 };
 

@@ -55,7 +55,10 @@ void fill_row(const Conv3x3Shape& s, const Channels& c, int64_t row, int64_t fir
   switch (s.resample) {
     case Resample::kNone: {
       const float* in = c.x + (row * s.in_width + first) * c.stride;
+      // SiLU takes so long that few pixels are under way at a time: fetch those of the next row.
+      const float* below = in + s.in_width * c.stride;
       for (int64_t i = begin; i < end; ++i) {
+        __builtin_prefetch(below + i * c.stride);
         for (int64_t v = 0; v < kVecs; ++v) {
           activate<kAffine, kSilu>(c, in + i * c.stride, v)
               .store(out + i * kConvChunk + v * kWidth);
@@ -68,6 +71,10 @@ void fill_row(const Conv3x3Shape& s, const Channels& c, int64_t row, int64_t fir
       const float* lower = upper + s.in_width * c.stride;
       for (int64_t i = begin; i < end; ++i) {
         const int64_t left = 2 * i * c.stride, right = left + c.stride;
+        for (int64_t ahead = 2; ahead <= 3; ++ahead) {
+          __builtin_prefetch(upper + ahead * s.in_width * c.stride + left);
+          __builtin_prefetch(upper + ahead * s.in_width * c.stride + right);
+        }
         for (int64_t v = 0; v < kVecs; ++v) {
           const Vec sum = (activate<kAffine, kSilu>(c, upper + left, v) +
                            activate<kAffine, kSilu>(c, upper + right, v)) +
@@ -117,17 +124,17 @@ inline void transform(const Vec (&d)[kTile + 2], Vec (&out)[kTile + 2]) {
   constexpr Winograd<kTile> w;
   constexpr int kPairs = kTile / 2;
   Vec first = d[kTile], last = d[kTile + 1];  // the leading coefficient is 1
-#pragma GCC unroll 8
+  ADM_RT_UNROLL
   for (int j = 0; j < kPairs; ++j) {
     first = add_scaled(first, w.even[j], d[2 * j]);
     last = add_scaled(last, w.even[j], d[2 * j + 1]);
   }
   out[0] = first;
   out[kTile + 1] = last;
-#pragma GCC unroll 8
+  ADM_RT_UNROLL
   for (int i = 0; i < kPairs; ++i) {
     Vec even = d[kTile], odd = d[kTile - 1];
-#pragma GCC unroll 8
+    ADM_RT_UNROLL
     for (int j = 0; j < kPairs - 1; ++j) {
       even = add_scaled(even, w.odd[i][j], d[2 * j + 2]);
       odd = add_scaled(odd, w.odd[i][j], d[2 * j + 1]);
@@ -142,10 +149,10 @@ void columns_down(float* const* rows, int64_t columns, float* out) {
   constexpr int kSize = kTile + 2;
   for (int64_t i = 0; i < columns * kConvChunk; i += kWidth) {
     Vec d[kSize], v[kSize];
-#pragma GCC unroll 8
+    ADM_RT_UNROLL
     for (int r = 0; r < kSize; ++r) d[r] = Vec::load(rows[r] + i);
     transform<kTile>(d, v);
-#pragma GCC unroll 8
+    ADM_RT_UNROLL
     for (int r = 0; r < kSize; ++r) v[r].store(out + r * kRowFloats + i);
   }
 }
@@ -156,16 +163,16 @@ void rows_along(const float* in, int64_t tiles, int64_t count, float* v, int64_t
   constexpr int kSize = kTile + 2;
   for (int64_t r = 0; r < kSize; ++r, in += kRowFloats, v += kSize * v_plane) {
     for (int64_t tile = 0; tile < tiles; ++tile) {
-#pragma GCC unroll 2
+      ADM_RT_UNROLL
       for (int64_t vec = 0; vec < kVecs; ++vec) {
         const float* from = in + tile * kTile * kConvChunk + vec * kWidth;
         Vec d[kSize], out[kSize];
-#pragma GCC unroll 8
+        ADM_RT_UNROLL
         for (int i = 0; i < kSize; ++i) d[i] = Vec::load(from + i * kConvChunk);
         transform<kTile>(d, out);
         float* to = v + tile * v_row + vec * kWidth;
         const int left = static_cast<int>(count - vec * kWidth);
-#pragma GCC unroll 8
+        ADM_RT_UNROLL
         for (int i = 0; i < kSize; ++i) {
           if constexpr (kWhole) {
             out[i].storeu(to + i * v_plane);

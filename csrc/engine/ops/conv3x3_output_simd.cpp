@@ -17,16 +17,16 @@ inline void transform(const Vec (&m)[kTile + 2], Vec (&y)[kTile]) {
   constexpr Winograd<kTile> w;
   constexpr int kPairs = kTile / 2;
   Vec sum[kPairs], difference[kPairs];
-#pragma GCC unroll 8
+  ADM_RT_UNROLL
   for (int i = 0; i < kPairs; ++i) {
     sum[i] = m[1 + 2 * i] + m[2 + 2 * i];
     difference[i] = m[1 + 2 * i] - m[2 + 2 * i];
   }
-#pragma GCC unroll 8
+  ADM_RT_UNROLL
   for (int k = 0; k < kTile; ++k) {
     const Vec* half = k % 2 == 0 ? sum : difference;
     Vec value = k == 0 ? m[0] + half[0] : Vec::set1(static_cast<float>(w.power[0][k])) * half[0];
-#pragma GCC unroll 8
+    ADM_RT_UNROLL
     for (int i = 1; i < kPairs; ++i) {
       value = k == 0 ? value + half[i]
                      : mul_add(Vec::set1(static_cast<float>(w.power[i][k])), half[i], value);
@@ -79,21 +79,28 @@ struct Moments {
   Vec pilot, sum, square;
 };
 
+// A' M A of one tile: pixels row by row, kWidth channels each. Not inlined: one copy for all
+// variants of what follows.
 template <int kTile>
-inline void inverse(const float* m, int64_t m_plane, Vec (&y)[kTile][kTile]) {
+[[gnu::noinline]] void inverse(const float* m, int64_t m_plane, float* y) {
   constexpr int kSize = kTile + 2;
   Vec down[kTile][kSize];
-#pragma GCC unroll 8
+  ADM_RT_UNROLL
   for (int j = 0; j < kSize; ++j) {
     Vec column[kSize], out[kTile];
-#pragma GCC unroll 8
+    ADM_RT_UNROLL
     for (int i = 0; i < kSize; ++i) column[i] = Vec::load(m + (i * kSize + j) * m_plane);
     transform<kTile>(column, out);
-#pragma GCC unroll 8
+    ADM_RT_UNROLL
     for (int i = 0; i < kTile; ++i) down[i][j] = out[i];
   }
-#pragma GCC unroll 8
-  for (int i = 0; i < kTile; ++i) transform<kTile>(down[i], y[i]);
+  ADM_RT_UNROLL
+  for (int i = 0; i < kTile; ++i) {
+    Vec out[kTile];
+    transform<kTile>(down[i], out);
+    ADM_RT_UNROLL
+    for (int j = 0; j < kTile; ++j) out[j].store(y + (i * kTile + j) * kWidth);
+  }
 }
 
 template <int kTile, bool kResidual, bool kMoments>
@@ -106,25 +113,22 @@ void output_segment(const Conv3x3Shape& s, const Conv3x3Tensors& t, const Conv3x
     residual = t.residual + segment.image * s.residual_height * s.residual_width * s.channels_out +
                c.first;
   }
-  Moments sums;
+  alignas(64) float out[kTile * kTile * kWidth];
+  Moments sums = {Vec::zero(), Vec::zero(), Vec::zero()};
   for (int64_t tile = 0; tile < segment.tiles; ++tile, m += s.m_row) {
-    Vec out[kTile][kTile];
     inverse<kTile>(m, m_plane, out);
     const int64_t row0 = segment.row * kTile, column0 = (segment.column + tile) * kTile;
-    const int64_t rows = s.height - row0, columns = s.width - column0;
+    const int64_t rows = s.height - row0 < kTile ? s.height - row0 : kTile;
+    const int64_t columns = s.width - column0 < kTile ? s.width - column0 : kTile;
     if (kMoments && tile == 0) {
-      Vec first = out[0][0] + c.bias;
+      Vec first = Vec::load(out) + c.bias;
       if constexpr (kResidual) first = first + load_residual(s, residual, row0, column0, c.count);
       sums = {first * scale, Vec::zero(), Vec::zero()};
     }
-#pragma GCC unroll 8
-    for (int i = 0; i < kTile; ++i) {
-      if (i >= rows) break;
+    for (int64_t i = 0; i < rows; ++i) {
       float* y = y_image + ((row0 + i) * s.width + column0) * s.channels_out;
-#pragma GCC unroll 8
-      for (int j = 0; j < kTile; ++j) {
-        if (j >= columns) break;
-        Vec value = out[i][j] + c.bias;
+      for (int64_t j = 0; j < columns; ++j) {
+        Vec value = Vec::load(out + (i * kTile + j) * kWidth) + c.bias;
         if constexpr (kResidual) {
           value = value + load_residual(s, residual, row0 + i, column0 + j, c.count);
         }

@@ -9,6 +9,14 @@
 
 #include <cstdint>
 
+// Loops over the elements of a tile, which are registers; in plain C++ they would be hundreds of
+// scalars and minutes of compile time.
+#if ADM_RT_ISA_LEVEL > 0
+#define ADM_RT_UNROLL _Pragma("GCC unroll 8")
+#else
+#define ADM_RT_UNROLL
+#endif
+
 namespace adm_rt {
 
 template <int kTile>

@@ -1,4 +1,4 @@
-"""Measuring samples: metrics in NumPy, an independent judge network, the guidance sweep.
+"""Measuring samples: metrics in NumPy, judge networks, the guidance sweep, bits per dim.
 
 `adm_rt.evaluation.metrics` needs NumPy alone; `judge` needs torch, and is loaded when first used.
 """
@@ -13,6 +13,8 @@ _LAZY = {
     "save_judge": "judge",
     "load_judge": "judge",
     "guidance_sweep": "guidance_sweep",
+    "bits_per_dim": "nll",
+    "DigitScores": "digits",
 }
 __all__ = ["class_accuracy", "frechet_distance", "precision_recall", *_LAZY]
 

@@ -8,9 +8,11 @@ import pytest
 import torch
 from tiny_models import tiny_network
 
+from adm_rt.cli import main
 from adm_rt.data import glyphs
 from adm_rt.diffusion import Diffusion
 from adm_rt.evaluation.nll import NLL_NOISE, bits_per_dim, summary
+from adm_rt.models import save_model
 from adm_rt.ops.philox import image_seeds, philox_normal
 
 
@@ -128,3 +130,51 @@ def test_summary_of_one_image_has_no_error_bar():
     row = json.loads(json.dumps(summary(values)))
     assert row["bits_per_dim"] == 1 and row["bits_per_dim_stderr"] is None
     assert row["vb"] == [0.5, 0.5]
+
+
+# ---- the command ----
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("nll") / "model", tiny_network())
+
+
+def test_the_command_writes_what_it_says(folder, tmp_path, capsys):
+    images, _ = glyphs(3, 16)
+    np.savez(tmp_path / "set.npz", images, np.array([4, 0, 2]))
+    json_file = tmp_path / "nll.json"
+    command = ["evaluate", "nll", str(folder), "--data", str(tmp_path / "set.npz"), "--seed", "7"]
+    command += ["--timestep-respacing", "4", "--json", str(json_file), "--batch_size", "2"]
+    assert main(command) == 0
+    out, err = capsys.readouterr()
+    record = json.loads(json_file.read_text())
+    diffusion = Diffusion(timestep_respacing="4")
+    expected = bits_per_dim(
+        tiny_network(), diffusion, images, [4, 0, 2], seed=7, batch_size=2, progress=False
+    )
+    assert record["bits_per_dim"] == pytest.approx(expected["total_bpd"].mean(), rel=1e-6)
+    assert record["vb"] == pytest.approx(expected["vb"].mean(0).tolist(), rel=1e-6)
+    assert record["num_images"] == 3 and record["timesteps"] == [0, 333, 666, 999]
+    assert f"{record['bits_per_dim']:.4f} bits per dim" in out and "12/12" in err
+    assert [p.name for p in tmp_path.iterdir() if "nll" in p.name] == ["nll.json"]
+    assert main([*command, "--quiet", "--clip_denoised", "False", "--num_samples", "1"]) == 0
+    out, err = capsys.readouterr()
+    assert err == "" and json.loads(json_file.read_text())["num_images"] == 1
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        ("MODEL --data glyphs", "num_classes=5"),  # glyphs have 36
+        ("MODEL --data nowhere", "data='nowhere'"),
+        ("MODEL --data digits --num-samples 0", "num_samples=0"),
+        ("MODEL --data digits --json nowhere/x.json", "--json nowhere/x.json"),
+        ("MODEL --data digits --timestep-respacing ddim37", "ddim37"),
+        ("glyphs32_classifier --data glyphs", "is a classifier"),
+    ],
+)
+def test_the_commands_errors(folder, flags, said, capsys):
+    command = ["evaluate", "nll", *(str(folder) if p == "MODEL" else p for p in flags.split())]
+    assert main(command) == 1
+    assert said in capsys.readouterr().err

@@ -293,6 +293,8 @@ class Pipeline:
         given_seeds, seeds = seeds, request.resolve_seeds(seed, seeds, count)
         diffusion = request.respaced_diffusion(cfg, steps)
         guidance_scale = self._guidance_scale(guidance_scale, diffusion.num_timesteps)
+        if sampler == "ddim" and guidance_scale and guidance_interval is None:
+            request.warn_of_first_guided_step(diffusion, steps)
         num_classes = self.num_classes if cfg.class_cond or guidance_scale else None
         labels = request.resolve_classes(
             classes, count, seeds, num_classes, self.class_names, self.name

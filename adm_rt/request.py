@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import numbers
 import operator
+import warnings
 
 import numpy as np
 
@@ -89,6 +90,23 @@ def respaced_diffusion(cfg, steps, name="steps"):
         return Diffusion(**{**cfg.diffusion_config(), "timestep_respacing": steps})
     except ValueError as error:
         raise ValueError(f"{name}={steps!r}: {error}") from None
+
+
+def warn_of_first_guided_step(diffusion, steps):
+    """Warn where guided DDIM begins at so low a signal that its images are destroyed.
+
+    Guidance enters x0 times (1 - abar) / sqrt(abar) (Dhariwal & Nichol 2021, algorithm 2): 158 at
+    t = 999 of the linear schedule, 20,000 of the cosine one.
+    """
+    abar = float(diffusion.alphas_cumprod[-1])
+    factor = (1 - abar) / abar**0.5
+    if factor > 1000:
+        warnings.warn(
+            f"steps={steps!r}: guided ddim begins at timestep {diffusion.timestep_map[-1]}, where "
+            f"guidance is multiplied by {factor:,.0f} in x0; the images will be noise. Use "
+            f"steps='ddim{diffusion.num_timesteps}', another sampler, or a guidance_interval.",
+            stacklevel=3,
+        )
 
 
 def check_interval(interval, diffusion_steps):

@@ -1,6 +1,7 @@
 """Pipeline: what it calls, what it returns, and what an image depends on."""
 
 import json
+import warnings
 
 import numpy as np
 import pytest
@@ -197,6 +198,20 @@ def test_classifier_free_guidance():
     assert np.array_equal(plain.images, one.images)
     strong = pipeline(2, 3, steps=3, cfg_scale=4, **QUIET)
     assert not np.array_equal(plain.images, strong.images)
+
+
+@pytest.mark.parametrize(
+    ("steps", "sampler", "scale", "warns"),
+    [(2, "ddim", 1.0, True), ("ddim2", "ddim", 1.0, False), (2, "ddim", 0.0, False)]
+    + [(2, "dpmpp_2m", 1.0, False)],
+)
+def test_guided_ddim_warns_where_its_first_step_explodes(steps, sampler, scale, warns):
+    unet = tiny_network("diffusion", noise_schedule="cosine")
+    pipeline = Pipeline(unet, tiny_network("classifier"))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        pipeline(1, steps=steps, sampler=sampler, guidance_scale=scale, **QUIET)
+    assert [("steps='ddim2'" in str(w.message)) for w in caught] == [True] * warns
 
 
 def test_unconditional_models_have_labels_only_when_guided():

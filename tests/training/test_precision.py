@@ -148,3 +148,22 @@ def test_activation_checkpointing_recomputes_and_changes_no_gradient(tmp_path):
         block.in_layers[2].register_forward_hook(count)
     assert_same_bits(gradients(plain), gradients(saving))
     assert calls == {"plain": 1, "saving": 2}
+
+
+def test_dropout_is_seeded_by_update_and_microbatch(tmp_path):
+    def seeds(out):
+        trainer = tiny_trainer(out, iterations=3, microbatch=2)
+        losses, seen = trainer.task.losses, []
+
+        def noted(model, batch, random, sampler):
+            seen.append((random.step, random.first, torch.initial_seed()))
+            return losses(model, batch, random, sampler)
+
+        trainer.task.losses = noted
+        trainer.run()
+        return seen
+
+    first = seeds(tmp_path / "first")
+    assert [place[:2] for place in first] == [(s, i) for s in range(3) for i in (0, 2)]
+    assert len({seed for _, _, seed in first}) == 6
+    assert seeds(tmp_path / "second") == first

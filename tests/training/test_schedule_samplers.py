@@ -10,7 +10,8 @@ from adm_rt.training.randomness import NOISE, StepRandom, torch_seed
 
 def warmed_up(num_timesteps, seed=0):
     """A loss-second-moment sampler and the losses [T, 13] it was told, in this order."""
-    losses = np.random.default_rng(seed).gamma(2.0, size=(num_timesteps, 13)).astype(np.float32)
+    losses = np.random.default_rng(seed).gamma(2.0, size=(num_timesteps, 13))
+    losses = (losses * 2.0 ** np.arange(num_timesteps)[:, None]).astype(np.float32)
     sampler = schedule_samplers.create("loss-second-moment", num_timesteps)
     for column in losses.T:
         sampler.update(torch.arange(num_timesteps), torch.from_numpy(column.copy()))
@@ -45,7 +46,7 @@ def test_weighted_draws_have_the_expectation_of_uniform_ones(name):
     frequencies = torch.bincount(t, minlength=5) / count
     if name != "uniform":
         torch.testing.assert_close(frequencies.double(), sampler.probabilities(), atol=0.01, rtol=0)
-    assert float((values[t] * weights).mean()) == pytest.approx(float(values.mean()), abs=0.06)
+    assert float((values[t] * weights).mean()) == pytest.approx(float(values.mean()), abs=0.1)
 
 
 def test_the_history_comes_back_from_the_state():

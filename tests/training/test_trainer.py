@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from tiny_training import Quiet
 
 from adm_rt import models
 from adm_rt.data import BatchStream, open_dataset
@@ -12,6 +13,7 @@ from adm_rt.diffusion import Diffusion
 from adm_rt.errors import NonFiniteError
 from adm_rt.models import ModelConfig
 from adm_rt.training import ClassifierTask, DiffusionTask, TrainConfig, Trainer
+from adm_rt.training.monitor import Monitor
 
 TINY = {
     "image_size": 8,
@@ -25,7 +27,7 @@ TINY = {
 }
 
 
-def make_trainer(out, what="diffusion", **changes):
+def make_trainer(out, what="diffusion", monitor=None, **changes):
     torch.manual_seed(0)
     cfg = ModelConfig(
         kind=what,
@@ -42,7 +44,7 @@ def make_trainer(out, what="diffusion", **changes):
         task = DiffusionTask(diffusion, data, class_cond=True)
     else:
         task = ClassifierTask(diffusion, data)
-    return Trainer(models.build(cfg), task, config)
+    return Trainer(models.build(cfg), task, config, monitor=monitor or Quiet())
 
 
 @pytest.mark.parametrize("what", ["diffusion", "classifier"])
@@ -57,8 +59,9 @@ def test_a_stopped_run_continues_bit_for_bit(tmp_path, what):
 
 
 def test_training_lowers_the_loss(tmp_path):
-    trainer = make_trainer(tmp_path, iterations=60, batch_size=16, log_interval=10)
-    trainer.run(progress=False)
+    options = {"iterations": 60, "batch_size": 16, "log_interval": 10}
+    monitor = Monitor(tmp_path, TrainConfig(out=str(tmp_path), **options), 1000, progress=False)
+    make_trainer(tmp_path, monitor=monitor, **options).run()
     log = np.genfromtxt(tmp_path / "log.csv", delimiter=",", names=True)
     assert list(log["step"]) == [10, 20, 30, 40, 50, 60]
     assert log["mse"][-1] < 0.8 * log["mse"][0]

@@ -98,8 +98,14 @@ def start(device="auto", timeout=600.0):
 def process_group(device="auto", timeout=600.0):
     """``start(device, timeout)`` for the length of a block; gives ``Processes``."""
     processes = start(device, timeout)
-    yield processes
-    processes.close()  # not after an error: the others may be gone, and closing would wait for them
+    try:
+        yield processes
+    except Exception:
+        raise  # the others may be gone, and closing would wait for them
+    except BaseException:
+        processes.close()  # Ctrl-C or SIGTERM, on which all have agreed
+        raise
+    processes.close()
 
 
 def environment():

@@ -40,6 +40,12 @@ BENCHMARKS = {
         arguments.add_sample,
         arguments.check_sample,
     ),
+    "train": Benchmark(
+        "adm_rt.benchmarking.train",
+        "a training step against the same network on plain torch operations",
+        arguments.add_train,
+        arguments.check_train,
+    ),
 }
 
 

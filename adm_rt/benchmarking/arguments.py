@@ -112,6 +112,34 @@ def check_sample(args):
     _check_output(args)
 
 
+def add_train(parser):
+    """``adm-rt bench train``."""
+    add_output(parser)
+    parser.add_argument(
+        "--model",
+        default="64x64_diffusion",
+        metavar="NAME",
+        help="a released denoiser, with random weights (default: 64x64_diffusion)",
+    )
+    parser.add_argument("--batch", type=int, default=2, metavar="N", help="images (default: 2)")
+    parser.add_argument("--rounds", type=int, default=5, help="steps of each (default: 5)")
+    parser.add_argument("--threads", type=int, default=1, help=f"{_BOTH} (default: 1)")
+    _add_clock(parser)
+
+
+def check_train(args):
+    """Raises ValueError."""
+    from adm_rt.models.presets import preset
+
+    if preset(args.model).kind != "diffusion":
+        raise ValueError(f"--model {args.model} is no denoiser; use 64x64_diffusion, for example")
+    for name in ("batch", "threads"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} {getattr(args, name)}: give at least 1")
+    _check_clock(args.clock, args.threads)
+    _check_output(args)
+
+
 def _add_clock(parser):
     parser.add_argument(
         "--clock",

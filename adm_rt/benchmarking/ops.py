@@ -35,7 +35,7 @@ GROUPS = (
 def rows(args):
     """Time every case, printing as it goes."""
     result = []
-    with _threads(args.threads):
+    with torch_threads(args.threads):
         print(f"{machine.processor()}, {machine.isa()}, {args.threads} thread(s), ", end="")
         print(f"{args.clock} clock, torch {torch.__version__}")
         for name, cases in GROUPS:
@@ -212,7 +212,8 @@ def _guided_mean_update(case):
 
 
 @contextlib.contextmanager
-def _threads(count):
+def torch_threads(count):
+    """torch and our kernels use ``count`` threads inside."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:

@@ -71,9 +71,28 @@ def _add_data(command, what):
         help="a folder, an .npz file, an LSUN folder, glyphs or digits (glyphs)",
     )
     add(command, "--data-seed", type=int, metavar="N", help="of the order, and of glyphs (1)")
-    add(command, "--random-crop", type=boolean, metavar="BOOL", help="(as published: classifiers)")
-    add(command, "--random-flip", type=boolean, metavar="BOOL", help="(as published: yes)")
+    add(
+        command,
+        "--random-crop",
+        type=boolean,
+        metavar="BOOL",
+        help=f"({'yes' if what == 'classifier' else 'no'}, as published; not for glyphs, digits)",
+    )
+    add(
+        command,
+        "--random-flip",
+        type=boolean,
+        metavar="BOOL",
+        help="(yes, as published; not for glyphs, digits)",
+    )
     add(command, "--on-bad", choices=("error", "skip"), help="what a damaged image does (error)")
+    add(
+        command,
+        "--class-from",
+        choices=("folder", "prefix"),
+        help="where a folder's classes are: sub-folders, or the file names up to the first _",
+    )
+    add(command, "--exif-rotation", type=boolean, metavar="BOOL", help="of a folder's images (no)")
     add(command, "--workers", type=int, metavar="N", help="threads that read ahead (0)")
     add(command, "--num-classes", type=int, metavar="N", help="(as many as the data have)")
     if what == "classifier":

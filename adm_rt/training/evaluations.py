@@ -22,15 +22,16 @@ from adm_rt.samplers import SAMPLERS
 from adm_rt.training.monitor import write_aside
 from adm_rt.trajectory import Stage, from_uint8, run_stage
 
+_CELL = 64  # smaller images are enlarged in a grid, by a whole factor
 _VALIDATION_NOISE, _VALIDATION_LEVEL = 32, 33  # purposes of their own, see randomness.py
 
 
 class SampleGrid:
     """Writes ``samples/step_<n>.png``: images made by the network, the same noise every time.
 
-    A class-conditional network shows classes 0, 1, 2, ... in turn. An upsampler's grid has three
-    rows: the low-resolution input (enlarged), its output, the truth; ``truth`` is uint8
-    [N, S, S, 3], and ``truth_labels`` [N] their classes.
+    A class-conditional network shows classes 0, 1, 2, ... in turn; images below 64x64 are enlarged.
+    An upsampler's grid has three rows: the low-resolution input (enlarged), its output, the truth;
+    ``truth`` is uint8 [N, S, S, 3], and ``truth_labels`` [N] their classes.
     """
 
     def __init__(
@@ -69,10 +70,9 @@ class SampleGrid:
             return {"samples_not_finite": 1.0}
         columns = None
         if low is not None:
-            scale = -(-cfg.image_size // cfg.small_size)
-            enlarged = low.repeat(scale, 1).repeat(scale, 2)[:, : cfg.image_size, : cfg.image_size]
             columns = len(images)
-            images = np.concatenate([enlarged, images, self.truth])
+            images = np.concatenate([_enlarged(low, cfg.image_size), images, self.truth])
+        images = _enlarged(images, max(1, _CELL // cfg.image_size) * cfg.image_size)
         png = io.BytesIO()
         SampleResult(images, None, np.arange(len(images))).grid(columns).save(png, "PNG")
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -151,6 +151,12 @@ def check_labels(y, num_classes, name, first=0):
         f"{num_classes - 1}. Give the model the data's number of classes (num_classes), train "
         "without classes (class_cond=False), or mend the labels."
     )
+
+
+def _enlarged(images, size):
+    """uint8 [N, s, s, 3] -> [N, size, size, 3], each pixel a block (nearest neighbour)."""
+    index = np.arange(size) * images.shape[1] // size
+    return images[:, index][:, :, index]
 
 
 def _uint8(x):

@@ -53,6 +53,8 @@ def train(
     random_crop=None,
     random_flip=None,
     on_bad="error",
+    class_from=None,
+    exif_rotation=None,
     workers=0,
     export_dtype="float16",
     **flags,
@@ -70,7 +72,8 @@ def train(
       class_dropout: the share of labels replaced by the null class, for classifier-free guidance.
       noise_jitter: see ``tasks.DiffusionTask``.
     - data_seed: of the order and of glyphs. random_crop, random_flip: None is as published (flips;
-      crops for classifiers), and neither for glyphs and digits. on_bad, workers: see adm_rt.data.
+      crops for classifiers), and neither for glyphs and digits. on_bad, class_from, exif_rotation,
+      workers: see adm_rt.data.
     - export_dtype: of the weights in the final folders.
     - flags: fields of ``TrainConfig`` (lr, batch_size, ...) and of ``ModelConfig``
       (num_channels, ...), which hold guided-diffusion's names.
@@ -102,6 +105,8 @@ def train(
             random_crop=_or(random_crop, what == "classifier" and not built_in),
             random_flip=_or(random_flip, not built_in),
             on_bad=on_bad,
+            class_from=class_from,
+            exif_rotation=exif_rotation,
             seed=data_seed,
             class_cond=True if what == "classifier" else class_cond,
             num_classes=num_classes,

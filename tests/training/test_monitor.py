@@ -147,7 +147,7 @@ def test_sample_grids_are_the_same_every_time_and_leave_the_network_alone(tmp_pa
     first, second = sorted((tmp_path / "samples").iterdir())
     assert first.name == "step_0000010.png" and first.read_bytes() == second.read_bytes()
     with Image.open(first) as image:
-        assert image.size == (2 + 3 * 18, 2 + 2 * 18)
+        assert image.size == (2 + 3 * 66, 2 + 2 * 66)  # 16x16, each pixel four times four
     assert torch.equal(torch.get_rng_state(), random_state)
     assert all(p.requires_grad for p in network.parameters())
 
@@ -160,8 +160,8 @@ def test_upsampler_grids_show_input_output_and_truth(tmp_path):
     grid(1, network)
     with Image.open(tmp_path / "samples" / "step_0000001.png") as image:
         pixels = np.asarray(image)
-    assert pixels.shape == (2 + 3 * 34, 2 + 3 * 34, 3)
-    cells = pixels[2:, 2:].reshape(3, 34, 3, 34, 3).transpose(0, 2, 1, 3, 4)[:, :, :32, :32]
+    assert pixels.shape == (2 + 3 * 66, 2 + 3 * 66, 3)
+    cells = pixels[2:, 2:].reshape(3, 66, 3, 66, 3).transpose(0, 2, 1, 3, 4)[:, :, :64:2, :64:2]
     assert np.array_equal(cells[2], truth)
     area = truth[1].reshape(16, 2, 16, 2, 3).mean((1, 3))
     low = cells[0, 1][::2, ::2]

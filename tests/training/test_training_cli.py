@@ -79,7 +79,7 @@ def test_the_command_writes_a_model_that_loads(tmp_path, what, capsys):
         pictures = sorted((out / "samples").iterdir())
         assert [p.name for p in pictures] == ["step_0000002.png", "step_0000003.png"]
         with Image.open(pictures[0]) as image:  # 2 x 2 samples, or 8 columns of 3 rows
-            assert image.size == ((22, 22) if what == "diffusion" else (82, 32))
+            assert image.size == ((134, 134) if what == "diffusion" else (530, 200))
 
 
 def test_what_is_trained_is_what_sample_reads(tmp_path):

@@ -220,7 +220,7 @@ def test_info_has_every_section_and_passes_its_self_test(capsys):
     assert 0 < report["self_test"]["max_error"] < 1e-4
     assert main(["info"]) == 0
     text = capsys.readouterr().out
-    for line in ("engines:", "  auto: torch", "self_test:", "  passed: True"):
+    for line in ("engines:", "  auto: native", "self_test:", "  passed: True"):
         assert line in text.splitlines()
 
 

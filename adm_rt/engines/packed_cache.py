@@ -2,7 +2,7 @@
 
 A cache file is one page of JSON and the blobs of a model's plans, each from a page's start. Its
 name is a hash of everything that decides its bytes: the weights' digest, the configuration, the
-instruction set, the version of the packed format. It is written beside its place and renamed, read
+ops and their sizes, the instruction set, the version of the packed format. It is written beside its place and renamed, read
 by mapping it, and checked by a checksum of every blob; one that is damaged is made again.
 """
 
@@ -22,7 +22,7 @@ from adm_rt.engines.plan_builder import LoweredPlan
 from adm_rt.models.model_weights import ModelWeights
 from adm_rt.ops._library import extension
 
-# To be raised whenever an op packs its weights in another way or the lowering chooses other ops.
+# To be raised when an op packs its weights in another way without needing another number of bytes.
 PACK_VERSION = 1
 CACHE_VARIABLE = "ADM_RT_CACHE"
 MIN_CACHED_BYTES = 32 << 20  # packing less than this takes no time
@@ -62,11 +62,12 @@ def packed_plans(model: ModelWeights, lower) -> PackedPlans:
     ``lower()`` gives name -> LoweredPlan, and is a function of the model's configuration. Raises
     CheckpointError when the weights have to be read and are damaged, MemoryError.
     """
-    key = _key(model)
+    plans = lower()
+    key = _key(model, plans)
     with _lock:  # two engines of one model must not pack it twice
         found = _packed.get(key)
         if found is None:
-            found = _packed[key] = _load_or_pack(model, key, lower())
+            found = _packed[key] = _load_or_pack(model, key, plans)
         return found
 
 
@@ -79,8 +80,9 @@ def cache_folder() -> Path | None:
     return Path(base) / "adm_rt"
 
 
-def _key(model):
-    facts = [PACK_VERSION, extension().cpu_isa(), model.digest, model.cfg.to_dict()]
+def _key(model, plans):
+    ops = {name: lowered.plan.ops() for name, lowered in plans.items()}
+    facts = [PACK_VERSION, extension().cpu_isa(), model.digest, model.cfg.to_dict(), ops]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 

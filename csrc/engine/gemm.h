@@ -4,7 +4,7 @@
 // a panel belongs to the instruction set. A and C are plain row-major matrices.
 //
 // An element of C is the same sequence of operations whatever m, n and its own position are: k is
-// cut into equal blocks of at most kGemmDepth, each block is one chain of fused multiply-adds in
+// cut into equal blocks of at most `depth`, each block is one chain of fused multiply-adds in
 // the order of k, and the blocks are added in order. So callers may cut m and n as they like.
 #pragma once
 
@@ -13,7 +13,11 @@
 namespace adm_rt {
 
 // Products per chain. Shorter chains lose less to rounding; longer ones touch C less often.
-constexpr int64_t kGemmDepth = 256;
+constexpr int64_t kGemmDepth = 64;
+// Winograd's transforms multiply the rounding errors of the products: with chains of 256 whole
+// UNets have three times the error of direct convolutions, with these less than twice (and
+// convolutions take 10% longer).
+constexpr int64_t kGemmPreciseDepth = 32;
 
 // Floats that gemm_pack writes. Start every packed matrix on a 64-byte boundary.
 inline int64_t gemm_packed_floats(int64_t n, int64_t k, int64_t panel_width) {
@@ -33,7 +37,7 @@ void gemm_pack(const float* weights, int64_t n, int64_t k, int64_t ldb, bool tra
   int64_t gemm_row_block();                                                                      \
   /* c[i][j] = sum_k a[i][k] * B[k][j], added to c when `accumulate`; lda, ldc >= the width. */  \
   void gemm(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const float* packed_b, \
-            float* c, int64_t ldc, bool accumulate);                                             \
+            float* c, int64_t ldc, bool accumulate, int64_t depth = kGemmDepth);                 \
   }
 ADM_RT_DECLARE_GEMM(portable)
 ADM_RT_DECLARE_GEMM(avx2)

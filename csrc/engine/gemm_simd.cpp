@@ -138,11 +138,11 @@ int64_t gemm_panel_width() { return kPanel; }
 int64_t gemm_row_block() { return kMaxRows; }
 
 void gemm(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const float* packed_b,
-          float* c, int64_t ldc, bool accumulate) {
+          float* c, int64_t ldc, bool accumulate, int64_t most_depth) {
   if (m <= 0 || n <= 0) return;
   // Tiles of nearly equal height: a last tile of one row would run at a fraction of the speed.
   const int64_t tiles = (m + kMaxRows - 1) / kMaxRows;
-  const int64_t depths = k > 0 ? (k + kGemmDepth - 1) / kGemmDepth : 1;
+  const int64_t depths = k > 0 ? (k + most_depth - 1) / most_depth : 1;
   const int64_t depth = (k + depths - 1) / depths;
   Tile t;
   t.lda = lda;

@@ -264,7 +264,8 @@ class Conv3x3 : public Op {
         const int64_t columns = std::min(s.channels_out - column, (stop - begin) * panel_width_);
         ADM_RT_DISPATCH(gemm(block.tiles, columns, channels_in, block.v + plane * block.v_plane,
                              s.v_row, packed + plane * weight_plane_ + column * channels_in,
-                             block.m + plane * block.m_plane + column, s.m_row, false));
+                             block.m + plane * block.m_plane + column, s.m_row, false,
+                             kGemmPreciseDepth));
         begin = stop;
       }
     });

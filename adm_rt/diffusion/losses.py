@@ -99,7 +99,14 @@ def prior_bpd(diffusion: Diffusion, x0):
 
 
 def training_losses(
-    diffusion: Diffusion, model_output, x0, x_t, t, noise, loss_type: str | None = None
+    diffusion: Diffusion,
+    model_output,
+    x0,
+    x_t,
+    t,
+    noise,
+    loss_type: str | None = None,
+    mean_weight: float = 0.0,
 ) -> dict[str, torch.Tensor]:
     """Per-image losses from the network's output at ``x_t = q_sample(diffusion, x0, t, noise)``.
 
@@ -111,6 +118,9 @@ def training_losses(
             with learned variances, the bound with the mean held fixed, so that it trains only the
             variances; "rescaled_mse" weighs the bound by num_timesteps/1000; "kl": the bound alone;
             "rescaled_kl": the bound times num_timesteps.
+        mean_weight: adds this times the squared error of the mean over the pixels, averaged
+            over the channels (``mean_error``). The best prediction stays the same; its mean, one of
+            H*W degrees of freedom, is learned sooner. Not for the KL losses (ValueError).
 
     Returns:
         dict of [N] tensors: ``loss`` to be averaged and differentiated; ``mse``; ``vb`` in bits as
@@ -129,6 +139,8 @@ def training_losses(
         target = noise
 
     if loss_type in ("kl", "rescaled_kl"):
+        if mean_weight:
+            raise ValueError(f"mean_weight={mean_weight} is for the mse losses, not {loss_type!r}.")
         vb = vb_terms_bpd(diffusion, out, x0, x_t, t)
         if loss_type == "rescaled_kl":
             vb = vb * diffusion.num_timesteps
@@ -136,12 +148,16 @@ def training_losses(
         return {"loss": vb, "mse": mse, "vb": vb}
 
     mse = F.mse_loss(prediction, target, reduction="none").flatten(1).mean(1)
+    loss, terms = mse, {}
+    if mean_weight:
+        terms["mean_error"] = (prediction - target).flatten(2).mean(2).square().mean(1)
+        loss = loss + mean_weight * terms["mean_error"]
     if v is None:
         with torch.no_grad():
             vb = vb_terms_bpd(diffusion, out, x0, x_t, t)
-        return {"loss": mse, "mse": mse, "vb": vb}
+        return {"loss": loss, "mse": mse, "vb": vb, **terms}
     frozen = torch.cat([prediction.detach(), v], dim=1)
     vb = vb_terms_bpd(diffusion, frozen, x0, x_t, t)
     if loss_type == "rescaled_mse":
         vb = vb * (diffusion.num_timesteps / 1000.0)
-    return {"loss": mse + vb, "mse": mse, "vb": vb}
+    return {"loss": loss + vb, "mse": mse, "vb": vb, **terms}

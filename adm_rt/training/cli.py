@@ -114,6 +114,13 @@ def _add_data(command, what):
         metavar="J",
         help="vary the noise's amplitude from image to image, for narrow networks (0)",
     )
+    add(
+        command,
+        "--mean-weight",
+        type=float,
+        metavar="W",
+        help="weigh the error of the noise's mean, for narrow networks (0)",
+    )
     add(command, "--sample-count", type=int, metavar="N", help="images in a grid of samples (16)")
     add(command, "--sample-steps", type=int, metavar="N", help="steps they are made in (25)")
 

@@ -49,6 +49,7 @@ def train(
     num_classes=None,
     class_dropout=0.0,
     noise_jitter=0.0,
+    mean_weight=0.0,
     data_seed=1,
     random_crop=None,
     random_flip=None,
@@ -70,7 +71,7 @@ def train(
       of samples; both every ``sample_interval`` updates (None: every save_interval; 0: never).
     - class_cond: None uses labels if the data have them. num_classes: None counts them.
       class_dropout: the share of labels replaced by the null class, for classifier-free guidance.
-      noise_jitter: see ``tasks.DiffusionTask``.
+      noise_jitter, mean_weight: see ``tasks.DiffusionTask``.
     - data_seed: of the order and of glyphs. random_crop, random_flip: None is as published (flips;
       crops for classifiers), and neither for glyphs and digits. on_bad, class_from, exif_rotation,
       workers: see adm_rt.data.
@@ -86,8 +87,13 @@ def train(
         raise ValueError(f"what={what!r} is not known; allowed: {', '.join(KINDS)}.")
     if val_data is not None and what != "classifier":
         raise ValueError(f"val_data is for classifiers; a {what} model shows samples instead.")
-    if what == "classifier" and (class_cond is not None or class_dropout or noise_jitter):
-        raise ValueError("class_cond, class_dropout, noise_jitter are not for classifiers.")
+    denoising = {
+        "class_dropout": class_dropout,
+        "noise_jitter": noise_jitter,
+        "mean_weight": mean_weight,
+    }
+    if what == "classifier" and (class_cond is not None or any(denoising.values())):
+        raise ValueError(f"class_cond, {', '.join(denoising)} are not for classifiers.")
     config, model_flags = _split_flags(
         what, {"iterations": iterations, "out": os.fspath(out), **flags}
     )
@@ -123,7 +129,7 @@ def train(
                 remarks = [] if preset is None else [f"preset: {preset}"]
         cfg = network.cfg
         stream = BatchStream(dataset, config.batch_size, data_seed, workers=workers)
-        task = _task(cfg, stream, class_dropout=class_dropout, noise_jitter=noise_jitter)
+        task = _task(cfg, stream, **denoising)
         task.batch(0, processes.rank, processes.world_size)  # bad data show before anything else
         evaluations = []
         if config.sample_interval and processes.is_main:

@@ -56,13 +56,25 @@ class DiffusionTask:
     between 0.3 and 2, in x_t and in the target alike. A narrow network otherwise learns to answer
     with noise of unit amplitude whatever it is shown, and few-step samplers leave grain; so it has
     to measure the amplitude (cf. input perturbation, Ning et al. 2023, arXiv 2301.11706).
+    mean_weight: see ``losses.training_losses``. The mean of the noise decides the colours, which
+    are drawn in the first steps, but is too small a part of the squared error for a narrow network
+    to learn.
     """
 
     def __init__(
-        self, diffusion, data, class_cond, *, num_classes=None, class_dropout=0.0, noise_jitter=0.0
+        self,
+        diffusion,
+        data,
+        class_cond,
+        *,
+        num_classes=None,
+        class_dropout=0.0,
+        noise_jitter=0.0,
+        mean_weight=0.0,
     ):
         check_number("class_dropout", class_dropout, 0.0, 1.0)
         check_number("noise_jitter", noise_jitter, 0.0, 1.0)
+        check_number("mean_weight", mean_weight, 0.0)
         if class_dropout and (not class_cond or num_classes is None):
             raise ValueError(
                 f"class_dropout={class_dropout} needs class_cond=True and num_classes, the number "
@@ -74,6 +86,7 @@ class DiffusionTask:
         self.num_classes = num_classes
         self.class_dropout = class_dropout
         self.noise_jitter = noise_jitter
+        self.mean_weight = mean_weight
 
     def batch(self, step, rank=0, world_size=1):
         """The share of process ``rank`` in the global batch of update ``step``: a ``Batch``."""
@@ -89,6 +102,7 @@ class DiffusionTask:
             "class_cond": self.class_cond,
             "class_dropout": self.class_dropout,
             "noise_jitter": self.noise_jitter,
+            "mean_weight": self.mean_weight,
             **_description(self.data),
         }
 
@@ -103,7 +117,15 @@ class DiffusionTask:
         x_t = losses.q_sample(self.diffusion, batch.x0, t, noise)
         times = self.diffusion.model_timesteps(t)
         output = model(x_t, times, *self._conditions(batch), self._labels(batch, random))
-        values = losses.training_losses(self.diffusion, output.float(), batch.x0, x_t, t, noise)
+        values = losses.training_losses(
+            self.diffusion,
+            output.float(),
+            batch.x0,
+            x_t,
+            t,
+            noise,
+            mean_weight=self.mean_weight,
+        )
         return {**values, "t": t, "weight": weight}
 
     def _noise(self, batch, random):

@@ -1,9 +1,10 @@
 """Packed weights of the native engine: made once per process, and kept on disk when they are large.
 
-A cache file is one page of JSON and the blobs of a model's plans, each from a page's start. Its
-name is a hash of everything that decides its bytes: the weights' digest, the configuration, the
-ops and their sizes, the instruction set, the version of the packed format. It is written beside its place and renamed, read
-by mapping it, and checked by a checksum of every blob; one that is damaged is made again.
+A cache file is a header of JSON and the blobs of a model's plans, each from a page's start. Its
+name is a hash of everything that decides its bytes: the weights' digest, the configuration, the ops
+and their sizes, the instruction set, the version of the packed format. It is written beside its
+place and renamed, read by mapping it, and checked by a checksum of every blob; one that is damaged
+is made again.
 """
 
 from __future__ import annotations

@@ -19,8 +19,9 @@ constexpr int64_t kGemmDepth = 64;
 // convolutions take 10% longer).
 constexpr int64_t kGemmPreciseDepth = 32;
 
-// Floats that gemm_pack writes. Start every packed matrix on a 64-byte boundary.
-inline int64_t gemm_packed_floats(int64_t n, int64_t k, int64_t panel_width) {
+// Floats that gemm_pack writes. Start every packed matrix on a 64-byte boundary. Static: *_simd.cpp
+// use it too, and the linker must not take one instruction set's copy for all.
+static inline int64_t gemm_packed_floats(int64_t n, int64_t k, int64_t panel_width) {
   return (n + panel_width - 1) / panel_width * panel_width * k;
 }
 

@@ -24,8 +24,15 @@ constexpr int64_t kLine = 16;  // floats per cache line
 // Where the next panel is fetched to: two wide panels do not fit the first-level cache.
 constexpr int kNextLevel = kPanel > kLine ? 2 : 3;
 
+// Steps of k between two visits of a tile to C, at most. Wide vectors gain a tenth when chains are
+// added up between visits, and a wide panel this deep fits the first-level cache together with the
+// rows of A. With fewer registers that costs more than it saves: every chain ends in C.
+constexpr bool kManyChains = ADM_RT_ISA_LEVEL == 2;
+constexpr int64_t kVisitDepth = 192;
+
 struct Tile {
   int64_t depth;   // steps
+  int64_t chain;   // steps of them that are one chain
   const float* a;  // the first of the rows
   int64_t lda;
   const float* b;
@@ -38,27 +45,37 @@ struct Tile {
   bool accumulate;
 };
 
-inline void write(Vec sum, float* c, int64_t columns, bool accumulate) {
+inline void keep(Vec sum, float* sums) { sum.store(sums); }
+
+inline Vec read(const float* c, int64_t columns) {
+  if (columns >= Vec::kWidth) return Vec::loadu(c);
+  return columns > 0 ? Vec::load_partial(c, static_cast<int>(columns)) : Vec::zero();
+}
+
+inline void write(Vec sum, float* c, int64_t columns) {
   if (columns >= Vec::kWidth) {
-    (accumulate ? Vec::loadu(c) + sum : sum).storeu(c);
+    sum.storeu(c);
   } else if (columns > 0) {
-    const int n = static_cast<int>(columns);
-    (accumulate ? Vec::load_partial(c, n) + sum : sum).store_partial(c, n);
+    sum.store_partial(c, static_cast<int>(columns));
   }
 }
 
-// One vector per row when the panel's second half is empty.
+// One vector per row when the panel's second half is empty. Chains of one visit are added up on
+// the stack, while the next one is under way.
 template <int kRows, int kColumns>
 void compute(const Tile& t) {
   const int64_t lda = t.lda;
   const float* b = t.b;
   const float* next_b = t.next_b;
+  alignas(64) float sums[kRows * kPanel];
 #define ADM_RT_FOR_ROWS(DO) \
   DO(0) DO(1) DO(2) DO(3) DO(4) DO(5) DO(6) DO(7) DO(8) DO(9) DO(10) DO(11)
-#define ADM_RT_START(i)                                                 \
+#define ADM_RT_ROW(i)                                                   \
   [[maybe_unused]] const float* a##i = t.a + (i < kRows ? i : 0) * lda; \
-  [[maybe_unused]] Vec c##i##0 = Vec::zero();                           \
-  [[maybe_unused]] Vec c##i##1 = Vec::zero();
+  [[maybe_unused]] Vec c##i##0, c##i##1;
+#define ADM_RT_START(i)  \
+  c##i##0 = Vec::zero(); \
+  c##i##1 = Vec::zero();
 #define ADM_RT_STEP(i)                                             \
   if constexpr (i < kRows) {                                       \
     const Vec x = Vec::set1(a##i[k]);                              \
@@ -67,34 +84,74 @@ void compute(const Tile& t) {
   }
 #define ADM_RT_PREFETCH(i) \
   if constexpr (i < kRows) __builtin_prefetch(t.next_a + i * lda + k0);
-#define ADM_RT_WRITE(i)                                                                     \
-  if constexpr (i < kRows) {                                                                \
-    write(c##i##0, t.c + i * t.ldc, t.columns, t.accumulate);                               \
-    if constexpr (kColumns > 1) {                                                           \
-      write(c##i##1, t.c + i * t.ldc + Vec::kWidth, t.columns - Vec::kWidth, t.accumulate); \
-    }                                                                                       \
+// A chain onto the sum of those before it.
+#define ADM_RT_ADD(i)                                                             \
+  if constexpr (i < kRows) {                                                      \
+    float* sum = sums + i * kPanel;                                               \
+    c##i##0 = Vec::load(sum) + c##i##0;                                           \
+    if constexpr (kColumns > 1) c##i##1 = Vec::load(sum + Vec::kWidth) + c##i##1; \
+  }
+#define ADM_RT_KEEP(i)                                            \
+  if constexpr (i < kRows) {                                      \
+    float* sum = sums + i * kPanel;                               \
+    keep(c##i##0, sum);                                           \
+    if constexpr (kColumns > 1) keep(c##i##1, sum + Vec::kWidth); \
+  }
+// The chain onto what C holds.
+#define ADM_RT_READ(i)                                                    \
+  if constexpr (i < kRows) {                                              \
+    const float* c = t.c + i * t.ldc;                                     \
+    c##i##0 = read(c, t.columns) + c##i##0;                               \
+    if constexpr (kColumns > 1) {                                         \
+      c##i##1 = read(c + Vec::kWidth, t.columns - Vec::kWidth) + c##i##1; \
+    }                                                                     \
+  }
+#define ADM_RT_WRITE(i)                                                                   \
+  if constexpr (i < kRows) {                                                              \
+    float* c = t.c + i * t.ldc;                                                           \
+    write(c##i##0, c, t.columns);                                                         \
+    if constexpr (kColumns > 1) write(c##i##1, c + Vec::kWidth, t.columns - Vec::kWidth); \
   }
 
-  ADM_RT_FOR_ROWS(ADM_RT_START)
-  for (int64_t k0 = 0; k0 < t.depth; k0 += kLine) {
-    ADM_RT_FOR_ROWS(ADM_RT_PREFETCH)
-    const int64_t end = k0 + kLine < t.depth ? k0 + kLine : t.depth;
+  ADM_RT_FOR_ROWS(ADM_RT_ROW)
+  bool first = true;  // chain of this visit
+  int64_t k0 = 0;
+  while (true) {
+    const int64_t chain_end = !kManyChains || t.depth - k0 < t.chain ? t.depth : k0 + t.chain;
+    ADM_RT_FOR_ROWS(ADM_RT_START)
+    for (; k0 < chain_end; k0 += kLine) {
+      ADM_RT_FOR_ROWS(ADM_RT_PREFETCH)
+      const int64_t end = chain_end - k0 < kLine ? chain_end : k0 + kLine;
 #pragma GCC unroll 4
-    for (int64_t k = k0; k < end; ++k) {
-      const Vec b0 = Vec::load(b);
-      [[maybe_unused]] const Vec b1 = Vec::load(b + (kColumns > 1 ? Vec::kWidth : 0));
-      __builtin_prefetch(next_b, 0, kNextLevel);
-      if constexpr (kPanel > kLine) __builtin_prefetch(next_b + kLine, 0, kNextLevel);
-      b += kPanel;
-      next_b += t.next_b_step;
-      ADM_RT_FOR_ROWS(ADM_RT_STEP)
+      for (int64_t k = k0; k < end; ++k) {
+        const Vec b0 = Vec::load(b);
+        [[maybe_unused]] const Vec b1 = Vec::load(b + (kColumns > 1 ? Vec::kWidth : 0));
+        __builtin_prefetch(next_b, 0, kNextLevel);
+        if constexpr (kPanel > kLine) __builtin_prefetch(next_b + kLine, 0, kNextLevel);
+        b += kPanel;
+        next_b += t.next_b_step;
+        ADM_RT_FOR_ROWS(ADM_RT_STEP)
+      }
     }
+    k0 = chain_end;
+    if (kManyChains && !first) {
+      ADM_RT_FOR_ROWS(ADM_RT_ADD)
+    } else if (t.accumulate) {
+      ADM_RT_FOR_ROWS(ADM_RT_READ)
+    }
+    if (!kManyChains || k0 >= t.depth) break;
+    ADM_RT_FOR_ROWS(ADM_RT_KEEP)
+    first = false;
   }
   ADM_RT_FOR_ROWS(ADM_RT_WRITE)
 #undef ADM_RT_FOR_ROWS
+#undef ADM_RT_ROW
 #undef ADM_RT_START
 #undef ADM_RT_STEP
 #undef ADM_RT_PREFETCH
+#undef ADM_RT_ADD
+#undef ADM_RT_KEEP
+#undef ADM_RT_READ
 #undef ADM_RT_WRITE
 }
 
@@ -138,13 +195,16 @@ int64_t gemm_panel_width() { return kPanel; }
 int64_t gemm_row_block() { return kMaxRows; }
 
 void gemm(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const float* packed_b,
-          float* c, int64_t ldc, bool accumulate, int64_t most_depth) {
+          float* c, int64_t ldc, bool accumulate, int64_t most_chain) {
   if (m <= 0 || n <= 0) return;
   // Tiles of nearly equal height: a last tile of one row would run at a fraction of the speed.
   const int64_t tiles = (m + kMaxRows - 1) / kMaxRows;
-  const int64_t depths = k > 0 ? (k + most_depth - 1) / most_depth : 1;
-  const int64_t depth = (k + depths - 1) / depths;
+  const int64_t chains = k > 0 ? (k + most_chain - 1) / most_chain : 1;
   Tile t;
+  t.chain = (k + chains - 1) / chains;
+  const int64_t together = kManyChains && t.chain < kVisitDepth ? kVisitDepth / t.chain : 1;
+  const int64_t visits = (chains + together - 1) / together;
+  const int64_t depth = (chains + visits - 1) / visits * t.chain;
   t.lda = lda;
   t.ldc = ldc;
   for (int64_t column = 0; column < n; column += kPanel, packed_b += k * kPanel) {

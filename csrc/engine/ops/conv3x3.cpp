@@ -22,8 +22,10 @@ namespace adm_rt::engine {
 namespace {
 
 // Tiles of a block: the weights are read once per block, while V and M stay near. A multiple of the
-// rows of every microkernel; half of it where that shares the blocks out evenly among the threads.
+// rows of every microkernel.
 constexpr int64_t kBlockTiles = 48;
+// Threads take equal blocks of their own when those have so many tiles.
+constexpr int64_t kMinBlockTiles = 24;
 // As many tiles as this take no longer than reading the transformed weights from memory.
 constexpr int64_t kTilesPerWeightRead = 13;
 // With so few output channels a product costs next to nothing, and these are the last layers, whose
@@ -199,19 +201,17 @@ class Conv3x3 : public Op {
     t.moments = stats_ < 0 ? nullptr : context.scratch;
 
     const int64_t threads = num_threads(), segments = context.batch * shape_.segments;
-    int64_t block_segments = 0, blocks = 0;
-    bool own_blocks = false;
-    for (const int64_t tiles : {kBlockTiles, kBlockTiles / 2, kBlockTiles}) {
-      block_segments = ceil_div(tiles, shape_.strip_tiles);
-      blocks = ceil_div(segments, block_segments);
-      own_blocks = blocks % threads == 0 || blocks >= 4 * threads;
-      if (own_blocks) break;
-    }
+    const int64_t tiles = context.batch * shape_.tile_rows * shape_.tile_columns;
+    const int64_t block_segments = ceil_div(kBlockTiles, shape_.strip_tiles);
+    int64_t blocks = ceil_div(segments, block_segments);
+    const int64_t shared_out = ceil_div(blocks, threads) * threads;
+    const bool own_blocks = threads > 1 && tiles >= kMinBlockTiles * shared_out;
+    if (own_blocks) blocks = std::min(shared_out, segments);
     const auto run_blocks = [&](int64_t begin, int64_t end) {
       for (int64_t block = begin; block < end; ++block) {
-        const int64_t first = block * block_segments;
-        run_block(t, context.packed, first, std::min(first + block_segments, segments),
-                  own_blocks ? 1 : threads);
+        const int64_t first = own_blocks ? segments * block / blocks : block * block_segments;
+        const int64_t last = own_blocks ? segments * (block + 1) / blocks : first + block_segments;
+        run_block(t, context.packed, first, std::min(last, segments), own_blocks ? 1 : threads);
       }
     };
     if (own_blocks) {

@@ -50,22 +50,34 @@ def test_gaussians_have_the_moments_of_their_class():
     assert np.array_equal(made, again)
 
 
-def test_the_table(scores):
-    asked = []
+def test_every_row_has_the_classes_of_the_reference(scores, monkeypatch):
+    """Other proportions raise the distance of real images above that of a good model."""
+    asked, seen = [], []
+    score = DigitScores.__call__
+
+    def spy(self, images, labels):
+        seen.append((images, np.asarray(labels)))
+        return score(self, images, labels)
+
+    monkeypatch.setattr(DigitScores, "__call__", spy)
 
     def sample(labels, seed):
         asked.append((len(labels), seed))
-        return digits("heldout")[0]
+        return digits("test")[0]
 
     rows = compare(scores, sample, seeds=(3, 4))
-    assert asked == [(449, 3), (449, 4)] and set(rows) == {
-        "model",
-        "gaussian",
-        "held-out",
-        "training",
-    }
-    assert rows["model"]["fd"] == pytest.approx(rows["held-out"]["fd"])
-    assert rows["model"]["fd_sd"] == 0 and rows["gaussian"]["fd_sd"] > 0
+    assert asked == [(449, 3), (449, 4)]
+    assert list(rows) == ["model", "gaussian", "held-out", "training"]
+    assert all(np.array_equal(labels, scores.reference_labels) for _, labels in seen)
+    monkeypatch.undo()
+    own = {n: digits(n) for n in ("heldout", "train")}
+    for images, name in ((seen[4][0], "heldout"), (seen[6][0], "train")):
+        known = {i.tobytes(): label for i, label in zip(*own[name])}
+        assert [known[i.tobytes()] for i in images] == scores.reference_labels.tolist()
+    assert rows["training"]["repeated"] == 0 and 0 < rows["held-out"]["repeated"] < 60
+    unmatched = scores(*own["heldout"])["fd"]
+    assert rows["held-out"]["fd"] < 0.7 * unmatched
+    assert rows["model"]["fd"] < 1e-3 and rows["gaussian"]["fd_sd"] > 0
     assert len(markdown_table(rows).splitlines()) == 6
 
 

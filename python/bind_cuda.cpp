@@ -1,33 +1,14 @@
-// The extension module adm_rt._cuda: the ops on CUDA. Kept out of _C so that _C loads anywhere.
+// The extension module adm_rt._cuda: the ops on CUDA. Kept out of _C so that _C loads anywhere. Each
+// python/bind_cuda_<name>.cpp defines bind_cuda_<name>(module); the list comes from CMake.
 #include <pybind11/pybind11.h>
 
-#include "bind_guided_mean_update.h"
-#include "ops/guided_mean_update_cuda.h"
-
-namespace py = pybind11;
+#define ADM_RT_BIND_CUDA(name) void bind_cuda_##name(pybind11::module_& module);
+#include "bind_cuda_list.inc"
+#undef ADM_RT_BIND_CUDA
 
 PYBIND11_MODULE(_cuda, module) {
   module.doc() = "CUDA kernels of adm_rt. Pointers and streams are ints; work is only enqueued.";
-  module.def(
-      "guided_mean_update",
-      guided_mean_update_binding<uintptr_t, uintptr_t>(
-          [](const adm_rt::GuidedMeanUpdateParams& params, uintptr_t limits, uintptr_t stream) {
-            adm_rt::guided_mean_update_cuda(params, nullptr, nullptr,
-                                            reinterpret_cast<float*>(limits),
-                                            reinterpret_cast<void*>(stream));
-          }),
-      "As _C.guided_mean_update, then limits: float32 [images] scratch, and the stream.");
-  module.def(
-      "guided_mean_update_from_table",
-      guided_mean_update_binding<uintptr_t, uintptr_t, uintptr_t, uintptr_t>(
-          [](const adm_rt::GuidedMeanUpdateParams& params, uintptr_t limits, uintptr_t stream,
-             uintptr_t table, uintptr_t step_counter) {
-            adm_rt::guided_mean_update_cuda(params, reinterpret_cast<const float*>(table),
-                                            reinterpret_cast<const uint32_t*>(step_counter),
-                                            reinterpret_cast<float*>(limits),
-                                            reinterpret_cast<void*>(stream));
-          }),
-      "As guided_mean_update, then the addresses on the device of a float32 table [steps, 18] "
-      "and of the uint32 that names its row and the noise's step: for captured graphs. The "
-      "coefficients and step arguments are not used.");
+#define ADM_RT_BIND_CUDA(name) bind_cuda_##name(module);
+#include "bind_cuda_list.inc"
+#undef ADM_RT_BIND_CUDA
 }

@@ -1,7 +1,14 @@
-"""Fixtures shared by all tests: pipelines of tiny random networks."""
+"""What all tests share: Ctrl-C's handler, and pipelines of tiny random networks."""
+
+import signal
 
 import pytest
 from tiny_models import TINY_CLASSES, tiny_network
+
+# A shell's background job and some CI ignore SIGINT, and Python then installs no handler; the
+# children of this process get the default again through this one.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

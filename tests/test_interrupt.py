@@ -28,8 +28,6 @@ def start():
             cwd=place,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            # A shell that runs the tests in the background makes its children ignore SIGINT.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         processes.append(process)
         return process
@@ -98,11 +96,6 @@ def test_in_python_it_is_a_keyboard_interrupt(tiny_pipeline):
             os.kill(os.getpid(), signal.SIGINT)
         return True
 
-    before = signal.getsignal(signal.SIGINT)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        with pytest.raises(SamplingInterrupted, match="interrupted during sampling, step [345] of"):
-            tiny_pipeline(2, steps=50, callback=press, progress=False)
-    finally:
-        signal.signal(signal.SIGINT, before)
+    with pytest.raises(SamplingInterrupted, match="interrupted during sampling, step [345] of"):
+        tiny_pipeline(2, steps=50, callback=press, progress=False)
     assert issubclass(SamplingInterrupted, KeyboardInterrupt)

@@ -23,3 +23,7 @@ class DataError(ValueError):
 
 class ProcessLostError(RuntimeError):
     """Another process of a distributed run died or stopped answering."""
+
+
+class EngineError(RuntimeError):
+    """An inference library could not build, load or run a network; its own words are in it."""

@@ -59,7 +59,8 @@ class Trainer:
         self.model = model.to(self.processes.device)
         self.model_config = model.cfg.to_dict() if hasattr(model, "cfg") else {}
         self._skeleton = copy.deepcopy(model).to("meta")
-        self.network = self._over_processes()
+        with distributed.process_loss(f"rank {self.processes.rank} at the start"):
+            self.network = self._over_processes()
         self.parameters = dict(model.named_parameters())
         self.averages = Ema(self.parameters, config.ema_rates, config.ema_ramp)
         self._fused = not self.sharded

@@ -21,12 +21,17 @@ sys.path.insert(0, str(Path(__file__).parent))
 from tiny_training import all_tensors, tiny_trainer  # noqa: E402
 
 from adm_rt.errors import ProcessLostError  # noqa: E402
+from adm_rt.training import distributed  # noqa: E402
 
 ENVIRONMENT = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
+class Lost(Exception):
+    """Exit code 3."""
+
+
 def fork(run, *args):
-    """Start ``run(*args)`` in a child; returns its pid. Exit code 1 for any error."""
+    """Start ``run(*args)`` in a child; returns its pid. Exit code 1 for any error but ``Lost``."""
     sys.stdout.flush()
     if pid := os.fork():
         return pid
@@ -34,8 +39,9 @@ def fork(run, *args):
     try:
         run(*args)
         code = 0
-    except BaseException:
+    except BaseException as error:
         traceback.print_exc()
+        code = 3 if isinstance(error, Lost) else 1
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -188,22 +194,27 @@ def parity(folder):
 # ---- a process that dies, and one that hangs ----
 
 
-def lost_run(out, rank, misfortune, timeout):
-    """Rank ``rank`` meets its ``misfortune`` before update 4; what the others say is printed."""
-    trainer = tiny_trainer(out, iterations=1000, save_interval=3, timeout=timeout)
-    batch = trainer.task.batch
-
-    def unlucky(step, *share):
-        if step == 4 and trainer.processes.rank == rank:
-            misfortune()
-        return batch(step, *share)
-
-    trainer.task.batch = unlucky
+def lost_run(out, misfortune, timeout, at=4):
+    """Rank 1 meets its ``misfortune`` before update ``at``, or, when that is None, once it has
+    joined the others; what the others say is printed. Exit code 3 for a lost process."""
+    unlucky = os.environ["RANK"] == "1"
     try:
+        processes = distributed.start("cpu", timeout)  # the trainer finds the group made
+        if unlucky and at is None:
+            misfortune()
+        trainer = tiny_trainer(out, iterations=1000, save_interval=3, timeout=timeout)
+        batch = trainer.task.batch
+
+        def share(step, *of):
+            if unlucky and step == at:
+                misfortune()
+            return batch(step, *of)
+
+        trainer.task.batch = share
         trainer.run()
     except ProcessLostError as error:
-        print(f"rank {trainer.processes.rank}: {error}", flush=True)
-        raise SystemExit(3) from error
+        print(f"rank {processes.rank}: {error}", flush=True)
+        raise Lost from error
 
 
 def lost(folder):
@@ -213,13 +224,16 @@ def lost(folder):
         (folder / "died").write_text(str(time.monotonic()))
         os.kill(os.getpid(), signal.SIGKILL)
 
-    killed = wait(ranks(3, lost_run, folder / "killed", 1, die, 600))
+    killed = wait(ranks(3, lost_run, folder / "killed", die, 600))
     seconds = time.monotonic() - float((folder / "died").read_text())
-    pids = ranks(2, lost_run, folder / "hanging", 1, lambda: time.sleep(1000), 3)
+    early = wait(ranks(2, lost_run, folder / "early", die, 600, None))
+    # Time enough for both to join and to make four updates on a busy machine.
+    pids = ranks(2, lost_run, folder / "hanging", lambda: time.sleep(1000), 12)
     hanging = wait(pids[:1])
     os.kill(pids[1], signal.SIGKILL)
     wait(pids[1:])
-    print(json.dumps({"killed": killed, "hanging": hanging, "seconds": seconds}))
+    report = {"killed": killed, "early": early, "hanging": hanging, "seconds": seconds}
+    print(json.dumps(report))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def scenario(name, folder):
-    """What the scenario ``name`` of forked_runs.py printed, and its last line as JSON."""
+    """What the scenario ``name`` of forked_runs.py said: stdout, its last line as JSON, stderr."""
     done = subprocess.run(
         [sys.executable, str(SCRIPT), name, str(folder)],
         capture_output=True,
@@ -26,15 +26,15 @@ def scenario(name, folder):
         env=ENVIRONMENT,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout, json.loads(done.stdout.splitlines()[-1])
+    return done.stdout, json.loads(done.stdout.splitlines()[-1]), done.stderr
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """Folder of the runs of ``forked_runs.parity``: 20 updates, the last one of a single image."""
     folder = tmp_path_factory.mktemp("parity")
-    _, codes = scenario("parity", folder)
-    assert set(codes) == {0}
+    _, codes, errors = scenario("parity", folder)
+    assert set(codes) == {0}, errors
     return folder
 
 
@@ -64,13 +64,15 @@ def test_a_stopped_run_of_two_processes_continues_bit_for_bit(runs):
 
 
 def test_a_dead_or_silent_process_ends_the_run_with_a_message(tmp_path):
-    text, report = scenario("lost", tmp_path)
-    assert report["killed"] == [1, -9, 1]
-    assert report["hanging"] == [1]
+    text, report, errors = scenario("lost", tmp_path)
+    assert report["killed"] == [3, -9, 3], errors
+    assert report["early"] == [3, -9], errors
+    assert report["hanging"] == [3], errors
     assert report["seconds"] < 60
     lines = [line for line in text.splitlines() if "another process of the run is gone" in line]
-    assert len(lines) == 3
-    for line in lines:
+    early = [line for line in lines if "at the start" in line]
+    assert len(lines) == 4 and len(early) == 1, text + errors
+    for line in set(lines) - set(early):
         assert "at step 4" in line and "step_0000003" in line, line
 
 

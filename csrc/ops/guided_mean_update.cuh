@@ -16,6 +16,9 @@ namespace adm_rt {
 constexpr int kUpdateThreads = 256;
 constexpr int kSelectThreads = 1024;
 constexpr int kSelectBins = 2048;
+constexpr size_t kSelectSharedBytes =
+    simt::shared_bytes<uint32_t>(kSelectBins) + simt::shared_bytes<uint32_t>(kSelectThreads) +
+    simt::shared_bytes<uint32_t>(2) + simt::shared_bytes<uint32_t>(1);
 
 // Where a captured graph finds its step: a replay changes neither kernel nor arguments.
 struct StepTable {
@@ -193,10 +196,11 @@ ADM_RT_DEVICE uint32_t find_bin(const uint32_t* bins, uint32_t* sums, uint32_t* 
 ADM_RT_KERNEL guided_mean_update_select_kernel(const float* x0, int64_t size, uint32_t rank,
                                                bool wants_next, float fraction, float* limits) {
   static_assert(kSelectBins == 2 * kSelectThreads);
-  ADM_RT_SHARED uint32_t bins[kSelectBins];
-  ADM_RT_SHARED uint32_t sums[kSelectThreads];
-  ADM_RT_SHARED uint32_t found[2];
-  ADM_RT_SHARED uint32_t next;
+  simt::SharedArena shared;
+  uint32_t* const bins = shared.take<uint32_t>(kSelectBins);
+  uint32_t* const sums = shared.take<uint32_t>(kSelectThreads);
+  uint32_t* const found = shared.take<uint32_t>(2);
+  uint32_t* const next = shared.take<uint32_t>(1);
   const unsigned t = simt::thread_x();
   const float* values = x0 + static_cast<int64_t>(simt::block_x()) * size;
 
@@ -221,16 +225,16 @@ ADM_RT_KERNEL guided_mean_update_select_kernel(const float* x0, int64_t size, ui
 
   uint32_t high = prefix;
   if (wants_next && rank + 1 >= equal) {  // the same for all threads
-    if (t == 0) next = 0x7fffffffu;
+    if (t == 0) *next = 0x7fffffffu;
     simt::sync_block();
     uint32_t smallest = 0x7fffffffu;
     for (int64_t i = t; i < size; i += kSelectThreads) {
       const uint32_t key = simt::bits_of(values[i]) & 0x7fffffffu;
       if (key > prefix && key < smallest) smallest = key;
     }
-    simt::atomic_min(&next, smallest);
+    simt::atomic_min(next, smallest);
     simt::sync_block();
-    high = next;
+    high = *next;
   }
   if (t == 0) limits[simt::block_x()] = dynamic_limit(prefix, high, fraction);
 }

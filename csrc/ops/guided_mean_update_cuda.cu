@@ -1,13 +1,10 @@
 // Instantiations and launch of guided_mean_update on CUDA.
-#include <cuda_runtime.h>
-
 #include <algorithm>
-#include <stdexcept>
-#include <string>
 
 #include "ops/guided_mean_update.cuh"
 #include "ops/guided_mean_update_check.h"
 #include "ops/guided_mean_update_cuda.h"
+#include "simt/launch.h"
 
 namespace adm_rt {
 
@@ -15,15 +12,17 @@ namespace {
 
 template <UpdatePass kPass>
 void launch(const GuidedMeanUpdateParams& p, const StepTable& table, const float* limits,
-            cudaStream_t stream) {
+            void* stream) {
   const int64_t groups = (p.channels * p.pixels + 3) / 4;
   const int64_t blocks = (groups + kUpdateThreads - 1) / kUpdateThreads;
-  const dim3 grid(static_cast<unsigned>(std::min<int64_t>(blocks, 65535)),
-                  static_cast<unsigned>(p.images));
+  simt::Launch shape = {"guided_mean_update"};
+  shape.blocks_x = static_cast<unsigned>(std::min<int64_t>(blocks, 65535));
+  shape.blocks_y = static_cast<unsigned>(p.images);
+  shape.threads = kUpdateThreads;
   if (vectorizable(p)) {
-    guided_mean_update_kernel<kPass, true><<<grid, kUpdateThreads, 0, stream>>>(p, table, limits);
+    simt::launch<guided_mean_update_kernel<kPass, true>>(shape, stream, p, table, limits);
   } else {
-    guided_mean_update_kernel<kPass, false><<<grid, kUpdateThreads, 0, stream>>>(p, table, limits);
+    simt::launch<guided_mean_update_kernel<kPass, false>>(shape, stream, p, table, limits);
   }
 }
 
@@ -40,25 +39,21 @@ void guided_mean_update_cuda(const GuidedMeanUpdateParams& params, const float* 
   ADM_RT_CHECK((table == nullptr) == (step_counter == nullptr),
                "guided_mean_update: table and step_counter come together");
   if (params.images == 0) return;
-  const auto cuda_stream = static_cast<cudaStream_t>(stream);
   const StepTable steps = {reinterpret_cast<const StepCoefficients*>(table), step_counter};
   if (params.clip != Clip::kDynamic) {
-    launch<UpdatePass::kWhole>(params, steps, nullptr, cuda_stream);
-  } else {
-    ADM_RT_CHECK(limits != nullptr, "guided_mean_update: dynamic clipping needs limits [images]");
-    const QuantileRank rank = quantile_rank(params.quantile, size);
-    launch<UpdatePass::kPredict>(params, steps, nullptr, cuda_stream);
-    guided_mean_update_select_kernel<<<static_cast<unsigned>(params.images), kSelectThreads, 0,
-                                       cuda_stream>>>(params.x0, size,
-                                                      static_cast<uint32_t>(rank.low),
-                                                      rank.high > rank.low, rank.fraction, limits);
-    launch<UpdatePass::kFinish>(params, steps, limits, cuda_stream);
+    return launch<UpdatePass::kWhole>(params, steps, nullptr, stream);
   }
-  const cudaError_t error = cudaGetLastError();
-  if (error != cudaSuccess) {
-    throw std::runtime_error(std::string("guided_mean_update: CUDA launch failed: ") +
-                             cudaGetErrorString(error));
-  }
+  ADM_RT_CHECK(limits != nullptr, "guided_mean_update: dynamic clipping needs limits [images]");
+  const QuantileRank rank = quantile_rank(params.quantile, size);
+  simt::Launch select = {"guided_mean_update"};
+  select.blocks_x = static_cast<unsigned>(params.images);
+  select.threads = kSelectThreads;
+  select.shared_bytes = kSelectSharedBytes;
+  launch<UpdatePass::kPredict>(params, steps, nullptr, stream);
+  simt::launch<guided_mean_update_select_kernel>(select, stream, params.x0, size,
+                                                 static_cast<uint32_t>(rank.low),
+                                                 rank.high > rank.low, rank.fraction, limits);
+  launch<UpdatePass::kFinish>(params, steps, limits, stream);
 }
 
 }  // namespace adm_rt

@@ -1,131 +1,137 @@
 // The CPU side of simt.h, for tests: runs the threads of a block as fibers on one CPU thread, so
-// that device code can be checked, and run under sanitizers, where there is no GPU. One block at a
-// time.
+// that device code can be checked, and run under sanitizers, where there is no GPU.
 //
-// What is checked: results; every thread of a block reaches every barrier or none does; several
-// orders of the threads between barriers. What is not: memory ordering, launch limits, speed.
-// Covers what the kernels of this package use.
+// What is checked: results; barriers and warp collectives that only some threads reach; accesses
+// beyond shared arrays; reading what a cp.async has not delivered; alignment; shared memory that
+// nobody wrote (it is NaN); several orders of blocks, warps and lanes (Schedule). An error is a
+// std::logic_error that names block, thread and line; AddressSanitizer names the access itself.
+// What is not: memory ordering, bank conflicts, registers, the order of sums inside an mma, speed.
+//
+// Two rules beyond CUDA's: warp collectives are for all 32 lanes, and no thread leaves the kernel
+// while others of its block wait for it.
 #pragma once
 
-#include <ucontext.h>
-
+#include <cmath>
 #include <cstdint>
-#include <exception>
-#include <memory>
-#include <random>
-#include <stdexcept>
-#include <utility>
-#include <vector>
+#include <limits>
+
+#include "simt/emulator_block.h"
 
 #define ADM_RT_KERNEL inline void
+#define ADM_RT_KERNEL_BOUNDS(threads, blocks) inline void
 #define ADM_RT_DEVICE inline
-#define ADM_RT_SHARED static  // blocks run one after the other
 #define ADM_RT_GRID_CONSTANT
+// The last parameter of what errors are to name by its caller's line, and how to hand it on.
+#define ADM_RT_SITE , ::adm_rt::simt::emulator::Site site = {__builtin_FILE(), __builtin_LINE()}
+#define ADM_RT_PASS_SITE , site
+#define ADM_RT_ONLY_SITE ::adm_rt::simt::emulator::Site site = {__builtin_FILE(), __builtin_LINE()}
 
 namespace adm_rt::simt {
 
-// The order in which threads run from one barrier to the next.
-enum class Schedule : int { kForward = 0, kReverse = 1, kShuffled = 2 };
+inline unsigned thread_x() { return Emulator::get().thread; }
+inline unsigned threads_x() { return Emulator::get().grid.threads; }
+inline unsigned lane() { return Emulator::get().thread % kWarpSize; }
+inline unsigned warp() { return Emulator::get().thread / kWarpSize; }
+inline unsigned block_x() { return Emulator::get().block_x; }
+inline unsigned block_y() { return Emulator::get().block_y; }
+inline unsigned block_z() { return Emulator::get().block_z; }
+inline unsigned blocks_x() { return Emulator::get().grid.blocks_x; }
+inline unsigned blocks_y() { return Emulator::get().grid.blocks_y; }
+inline unsigned blocks_z() { return Emulator::get().grid.blocks_z; }
 
-class Emulator {
- public:
-  unsigned thread = 0, threads = 1, block_x = 0, block_y = 0, blocks_x = 1;
+// ---- Barriers and collectives ----
 
-  static Emulator& get() {
-    static Emulator emulator;
-    return emulator;
+inline void sync_block(ADM_RT_ONLY_SITE) {
+  Emulator::get().barrier(0, Emulator::get().grid.threads, site);
+}
+inline void sync_group(unsigned id, unsigned threads ADM_RT_SITE) {
+  if (id < 1 || id > 15 || threads % kWarpSize != 0 || threads > threads_x()) {
+    Emulator::get().fail(site, "waits at barrier ", id, " for ", threads,
+                         " threads; allowed: 1 to 15, whole warps of the block");
   }
+  Emulator::get().barrier(id, threads, site);
+}
+inline void sync_warp(ADM_RT_ONLY_SITE) {
+  Emulator::get().collective("sync_warp", {}, site, [](auto&) {});
+}
 
-  // Runs body() once per thread of a grid [blocks_x, blocks_y].
-  template <class Body>
-  void launch(unsigned grid_x, unsigned grid_y, unsigned block_threads, Schedule schedule,
-              const Body& body) {
-    blocks_x = grid_x;
-    threads = block_threads;
-    schedule_ = schedule;
-    static const Body* current;
-    current = &body;
-    entry_ = [] { (*current)(); };
-    for (block_y = 0; block_y < grid_y; ++block_y) {
-      for (block_x = 0; block_x < grid_x; ++block_x) run_block();
+namespace emulator {
+
+template <class T>
+uint32_t word_of(T value) {
+  static_assert(sizeof(T) == 4);
+  uint32_t word;
+  std::memcpy(&word, &value, 4);
+  return word;
+}
+
+// shuffle: lane i gets the value of lane source(i, argument of i).
+template <class T, class Source>
+T shuffle(const char* name, T value, unsigned argument, Site site, const Source& source) {
+  Exchange mine = {};
+  mine.in[0] = word_of(value);
+  mine.in[1] = argument;
+  const Exchange& done = Emulator::get().collective(name, mine, site, [&](auto& lanes) {
+    for (unsigned i = 0; i < kWarpSize; ++i) {
+      lanes[i].out[0] = lanes[source(i, lanes[i].in[1])].in[0];
     }
-  }
+  });
+  T result;
+  std::memcpy(&result, &done.out[0], 4);
+  return result;
+}
 
-  void barrier() {
-    Fiber& self = *fibers_[thread];
-    self.state = State::kWaiting;
-    swapcontext(&self.context, &scheduler_);
+}  // namespace emulator
+
+template <class T>
+T shuffle(T value, unsigned from ADM_RT_SITE) {
+  return emulator::shuffle("shuffle", value, from, site,
+                           [](unsigned, unsigned from) { return from % kWarpSize; });
+}
+template <class T>
+T shuffle_xor(T value, unsigned mask ADM_RT_SITE) {
+  return emulator::shuffle("shuffle_xor", value, mask, site, [](unsigned i, unsigned mask) {
+    return (i ^ mask) < kWarpSize ? i ^ mask : i;
+  });
+}
+template <class T>
+T shuffle_down(T value, unsigned delta ADM_RT_SITE) {
+  return emulator::shuffle("shuffle_down", value, delta, site, [](unsigned i, unsigned delta) {
+    return i + delta < kWarpSize ? i + delta : i;
+  });
+}
+inline uint32_t ballot(bool predicate ADM_RT_SITE) {
+  emulator::Exchange mine = {};
+  mine.in[0] = predicate;
+  return Emulator::get()
+      .collective("ballot", mine, site,
+                  [](auto& lanes) {
+                    uint32_t votes = 0;
+                    for (unsigned i = 0; i < kWarpSize; ++i) votes |= lanes[i].in[0] << i;
+                    for (unsigned i = 0; i < kWarpSize; ++i) lanes[i].out[0] = votes;
+                  })
+      .out[0];
+}
+inline bool any(bool predicate ADM_RT_SITE) { return ballot(predicate, site) != 0; }
+inline bool all(bool predicate ADM_RT_SITE) { return ballot(predicate, site) == 0xffffffffu; }
+
+// ---- Shared memory ----
+
+class SharedArena {
+ public:
+  template <class T>
+  T* take(size_t count ADM_RT_SITE) {
+    void* array = Emulator::get().shared_array(taken_++, used_, count * sizeof(T), site);
+    used_ += shared_bytes<T>(count);
+    return static_cast<T*>(array);
   }
 
  private:
-  enum class State { kReady, kWaiting, kDone };
-  struct Fiber {
-    ucontext_t context;
-    State state;
-    std::unique_ptr<char[]> stack;
-  };
-  static constexpr size_t kStack = 64 * 1024;
-
-  static void start() {
-    Emulator& emulator = get();
-    try {
-      emulator.entry_();
-    } catch (...) {
-      emulator.error_ = std::current_exception();
-    }
-    emulator.fibers_[emulator.thread]->state = State::kDone;
-  }  // uc_link leads back to the scheduler
-
-  void run_block() {
-    while (fibers_.size() < threads) {
-      fibers_.push_back(std::make_unique<Fiber>());
-      fibers_.back()->stack = std::make_unique<char[]>(kStack);
-    }
-    std::vector<unsigned> order(threads);
-    for (unsigned i = 0; i < threads; ++i) {
-      order[i] = schedule_ == Schedule::kReverse ? threads - 1 - i : i;
-      Fiber& fiber = *fibers_[i];
-      fiber.state = State::kReady;
-      getcontext(&fiber.context);
-      fiber.context.uc_stack.ss_sp = fiber.stack.get();
-      fiber.context.uc_stack.ss_size = kStack;
-      fiber.context.uc_link = &scheduler_;
-      makecontext(&fiber.context, &Emulator::start, 0);
-    }
-    for (bool alive = true; alive;) {  // one round: every thread up to its next barrier or its end
-      if (schedule_ == Schedule::kShuffled) {
-        for (unsigned i = threads - 1; i > 0; --i) std::swap(order[i], order[random_() % (i + 1)]);
-      }
-      unsigned done = 0;
-      for (const unsigned i : order) {
-        Fiber& fiber = *fibers_[i];
-        thread = i;
-        swapcontext(&scheduler_, &fiber.context);
-        if (error_) std::rethrow_exception(std::exchange(error_, nullptr));
-        if (fiber.state == State::kDone) ++done;
-      }
-      if (done != 0 && done != threads) {
-        throw std::logic_error("emulator: some threads of a block left while others wait");
-      }
-      alive = done == 0;
-    }
-  }
-
-  Schedule schedule_ = Schedule::kForward;
-  void (*entry_)() = nullptr;
-  std::vector<std::unique_ptr<Fiber>> fibers_;
-  ucontext_t scheduler_;
-  std::exception_ptr error_;
-  std::minstd_rand random_{1};
+  size_t taken_ = 0, used_ = 0;
 };
 
-inline unsigned thread_x() { return Emulator::get().thread; }
-inline unsigned block_x() { return Emulator::get().block_x; }
-inline unsigned block_y() { return Emulator::get().block_y; }
-inline unsigned threads_x() { return Emulator::get().threads; }
-inline unsigned blocks_x() { return Emulator::get().blocks_x; }
+// ---- Between blocks and kernels: blocks run one after the other ----
 
-inline void sync_block() { Emulator::get().barrier(); }
 inline uint32_t atomic_add(uint32_t* address, uint32_t value) {
   const uint32_t before = *address;
   *address += value;
@@ -136,23 +142,87 @@ inline uint32_t atomic_min(uint32_t* address, uint32_t value) {
   if (value < before) *address = value;
   return before;
 }
+inline uint32_t ticket(uint32_t* counter, uint32_t count) {
+  const uint32_t before = *counter;
+  *counter = before >= count - 1 ? 0 : before + 1;
+  return before;
+}
+inline void fence_device() {}
+inline void wait_for_previous_kernel() {}
+inline void allow_next_kernel() {}
 
-inline void check_aligned(const void* address, uintptr_t size) {
-  if (reinterpret_cast<uintptr_t>(address) % size != 0) {
-    throw std::logic_error("emulator: a vector access is not aligned");
-  }
+// ---- Memory ----
+
+inline Bytes16 load16(const void* address ADM_RT_SITE) {
+  Emulator::get().check_aligned(address, 16, site);
+  return *static_cast<const Bytes16*>(address);
 }
-inline void load4(const float* address, float (&values)[4]) {
-  check_aligned(address, 16);
+inline Bytes16 load16_streaming(const void* address ADM_RT_SITE) { return load16(address, site); }
+inline Bytes8 load8(const void* address ADM_RT_SITE) {
+  Emulator::get().check_aligned(address, 8, site);
+  return *static_cast<const Bytes8*>(address);
+}
+inline void store16(void* address, const Bytes16& bytes ADM_RT_SITE) {
+  Emulator::get().check_aligned(address, 16, site);
+  *static_cast<Bytes16*>(address) = bytes;
+}
+inline void store8(void* address, const Bytes8& bytes ADM_RT_SITE) {
+  Emulator::get().check_aligned(address, 8, site);
+  *static_cast<Bytes8*>(address) = bytes;
+}
+inline void load4(const float* address, float (&values)[4] ADM_RT_SITE) {
+  Emulator::get().check_aligned(address, 16, site);
   for (int i = 0; i < 4; ++i) values[i] = address[i];
 }
-inline void load4(const uint16_t* address, uint16_t (&values)[4]) {
-  check_aligned(address, 8);
+inline void load4(const uint16_t* address, uint16_t (&values)[4] ADM_RT_SITE) {
+  Emulator::get().check_aligned(address, 8, site);
   for (int i = 0; i < 4; ++i) values[i] = address[i];
 }
-inline void store4(float* address, const float (&values)[4]) {
-  check_aligned(address, 16);
+inline void store4(float* address, const float (&values)[4] ADM_RT_SITE) {
+  Emulator::get().check_aligned(address, 16, site);
   for (int i = 0; i < 4; ++i) address[i] = values[i];
 }
 
+// ---- 16-bit floats ----
+
+inline float to_float(float value) { return value; }
+inline float to_float(Half value) { return portable::half_to_float(value.bits); }
+inline float to_float(BFloat16 value) { return float_of(static_cast<uint32_t>(value.bits) << 16); }
+template <class T>
+T from_float(float value) {
+  if constexpr (std::is_same_v<T, float>) {
+    return value;
+  } else if constexpr (std::is_same_v<T, Half>) {
+    return {portable::float_to_half(value)};
+  } else {
+    static_assert(std::is_same_v<T, BFloat16>);
+    return {portable::float_to_bfloat16(value)};
+  }
+}
+template <class T>
+uint32_t pack2(float low, float high) {
+  return from_float<T>(low).bits | static_cast<uint32_t>(from_float<T>(high).bits) << 16;
+}
+template <class T>
+void unpack2(uint32_t word, float* low, float* high) {
+  *low = to_float(T{static_cast<uint16_t>(word)});
+  *high = to_float(T{static_cast<uint16_t>(word >> 16)});
+}
+
+// ---- Arithmetic: what the approximations approximate, with subnormals as zero ----
+
+namespace emulator {
+
+inline float flush(float a) { return std::fabs(a) < 0x1p-126f ? std::copysign(0.0f, a) : a; }
+
+}  // namespace emulator
+
+inline float exp2_approx(float a) { return emulator::flush(std::exp2(emulator::flush(a))); }
+inline float log2_approx(float a) { return std::log2(emulator::flush(a)); }
+inline float rcp_approx(float a) { return emulator::flush(1.0f / emulator::flush(a)); }
+inline float minimum(float a, float b) { return std::fmin(a, b); }
+inline float maximum(float a, float b) { return std::fmax(a, b); }
+
 }  // namespace adm_rt::simt
+
+#include "simt/emulator_tensor.h"

@@ -1,12 +1,11 @@
-// The CUDA kernels of guided_mean_update under the emulator, launched as guided_mean_update_cuda.cu
-// launches them. C interface for ctypes; returns 0, or 1 with a message in error_text().
+// The CUDA kernels and launcher of guided_mean_update under the emulator. C interface for ctypes;
+// returns 0, or 1 with a message in error_text().
 #define ADM_RT_EMULATOR
 #include <cstring>
 #include <exception>
 #include <string>
 
-#include "ops/guided_mean_update.cuh"
-#include "simt/simt.h"
+#include "ops/guided_mean_update_cuda.cu"
 
 namespace {
 
@@ -14,20 +13,19 @@ using namespace adm_rt;
 
 std::string error;
 
-template <UpdatePass pass, bool vector>
-void launch(const GuidedMeanUpdateParams& p, const StepTable& table, const float* limits,
-            unsigned blocks, simt::Schedule schedule) {
-  simt::Emulator::get().launch(blocks, static_cast<unsigned>(p.images), kUpdateThreads, schedule,
-                               [&] { guided_mean_update_kernel<pass, vector>(p, table, limits); });
-}
-
-template <UpdatePass pass>
-void launch(const GuidedMeanUpdateParams& p, const StepTable& table, const float* limits,
-            unsigned blocks, simt::Schedule schedule, bool vector) {
+// As the launcher does, with a number of blocks and a width of the test's choice.
+void run_with(const GuidedMeanUpdateParams& p, const StepTable& steps, unsigned blocks,
+              bool vector) {
+  simt::Launch shape = {"guided_mean_update"};
+  shape.blocks_x = blocks, shape.blocks_y = static_cast<unsigned>(p.images);
+  shape.threads = kUpdateThreads;
+  const float* limits = nullptr;
   if (vector) {
-    launch<pass, true>(p, table, limits, blocks, schedule);
+    simt::launch<guided_mean_update_kernel<UpdatePass::kWhole, true>>(shape, nullptr, p, steps,
+                                                                      limits);
   } else {
-    launch<pass, false>(p, table, limits, blocks, schedule);
+    simt::launch<guided_mean_update_kernel<UpdatePass::kWhole, false>>(shape, nullptr, p, steps,
+                                                                       limits);
   }
 }
 
@@ -37,8 +35,8 @@ extern "C" {
 
 const char* error_text() { return error.c_str(); }
 
-// shape: images, channels, pixels, model_channels, uncond_channels. vector: 1 four elements at
-// once, 0 one at a time, -1 as the launcher decides; *used_vector tells.
+// shape: images, channels, pixels, model_channels, uncond_channels. vector: -1 as the launcher does
+// it (*used_vector tells how), 1 four elements at once or 0 one at a time, in `blocks` blocks.
 int run_update(const float* coefficients, const int64_t* shape, const uintptr_t* inputs,
                const uintptr_t* outputs, const int* dtypes, uint32_t step, int learned_variance,
                int clip, double quantile, const float* table, const uint32_t* step_counter,
@@ -62,22 +60,14 @@ int run_update(const float* coefficients, const int64_t* shape, const uintptr_t*
   p.clip = static_cast<Clip>(clip);
   p.quantile = quantile;
   const StepTable steps = {reinterpret_cast<const StepCoefficients*>(table), step_counter};
-  const auto schedule = static_cast<simt::Schedule>(schedule_code);
-  const bool wide = vector < 0 ? vectorizable(p) : vector != 0;
-  *used_vector = wide;
+  simt::Emulator::get().schedule = static_cast<simt::Schedule>(schedule_code);
+  *used_vector = vector < 0 ? vectorizable(p) : vector != 0;
   try {
-    if (p.clip != Clip::kDynamic) {
-      launch<UpdatePass::kWhole>(p, steps, nullptr, blocks, schedule, wide);
-      return 0;
+    if (vector < 0) {
+      guided_mean_update_cuda(p, table, step_counter, limits, nullptr);
+    } else {
+      run_with(p, steps, blocks, vector != 0);
     }
-    const int64_t size = p.channels * p.pixels;
-    const QuantileRank rank = quantile_rank(p.quantile, size);
-    launch<UpdatePass::kPredict>(p, steps, nullptr, blocks, schedule, wide);
-    simt::Emulator::get().launch(static_cast<unsigned>(p.images), 1, kSelectThreads, schedule, [&] {
-      guided_mean_update_select_kernel(p.x0, size, static_cast<uint32_t>(rank.low),
-                                       rank.high > rank.low, rank.fraction, limits);
-    });
-    launch<UpdatePass::kFinish>(p, steps, limits, blocks, schedule, wide);
     return 0;
   } catch (const std::exception& exception) {
     error = exception.what();

@@ -105,20 +105,21 @@ class EngineCache:
         if self.folder is not None:
             self.path(facts).unlink(missing_ok=True)
 
-    def refittable(self, facts):
-        """(facts, plan) of an engine that differs from the wanted one in its weights alone, or
-        None."""
-        if self.folder is None or not facts.get("refit") or not self._folder_is_ours():
-            return None
+    def similar(self, facts, names):
+        """Facts of the engines that differ from ``facts`` in nothing but ``names``, or not even
+        there, in a fixed order."""
+        if self.folder is None or not self._folder_is_ours():
+            return []
+        free, found = dict.fromkeys(names), []
         for path in sorted(self.folder.glob("*" + SUFFIX)):
             try:
                 with _open_own(path) as file:
-                    found = _read_header(file)["facts"]
-                if {**found, "weights": None} == {**facts, "weights": None}:
-                    return _read_own(path)
+                    other = _read_header(file)["facts"]
             except (OSError, ValueError):
                 continue
-        return None
+            if {**other, **free} == {**facts, **free}:
+                found.append(other)
+        return found
 
     def adopt(self, file, facts, trust=False) -> None:
         """Copy an engine file that was built elsewhere into the cache.

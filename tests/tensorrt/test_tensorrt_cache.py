@@ -227,15 +227,15 @@ def test_a_damaged_or_alien_file_is_not_adopted(cache, foreign, tmp_path):
 # ---- refit, timing ----
 
 
-def test_an_engine_of_other_weights_is_found_for_refitting(cache):
-    facts = {**FACTS, "refit": True}
-    cache.put({**facts, "dtype": "float32"}, b"other dtype")
-    cache.put({**facts, "weights": "b" * 64}, PLAN)
+def test_engines_that_differ_in_one_fact_alone_are_found(cache):
+    assert cache.similar(FACTS, ("weights",)) == []
+    other = {**FACTS, "weights": "b" * 64}
+    for facts in (FACTS, other, {**FACTS, "gpu": "another"}, {**other, "dtype": "float32"}):
+        cache.put(facts, PLAN)
     (cache.folder / "junk.engine").write_bytes(b"junk")
-    found, plan = cache.refittable(facts)
-    assert plan == PLAN and found["weights"] == "b" * 64
-    assert cache.refittable({**facts, "gpu": "another"}) is None
-    assert cache.refittable({**facts, "refit": False}) is None
+    found = cache.similar(FACTS, ("weights",))
+    assert sorted(f["weights"] for f in found) == ["a" * 64, "b" * 64]
+    assert {f["gpu"] for f in found} == {FACTS["gpu"]}
 
 
 def test_the_timing_cache_is_kept_per_library_and_gpu_and_ignored_when_damaged(cache):

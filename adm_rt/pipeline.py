@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import adm_rt
 from adm_rt import engines, request
-from adm_rt.locate import SETTINGS, display_name, locate, read_settings
+from adm_rt.export.manifest import ExportedNetwork
+from adm_rt.loading import load_parts
+from adm_rt.locate import SETTINGS
 from adm_rt.result import check_output
 from adm_rt.trajectory import Stage, choose_batch_size, run_stage
 from adm_rt.upscaling import Upscaler, check_stack
@@ -15,7 +16,6 @@ from adm_rt.upscaling import Upscaler, check_stack
 DEFAULT_STEPS = 25
 DEFAULT_SAMPLER = "dpmpp_2m"
 _FEW_STEPS = 50  # up to here the published scale of 25-step sampling is the default
-_DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def sample(
@@ -79,10 +79,11 @@ def sample(
 class Pipeline:
     """A denoiser, the classifier that guides it, and an upsampler that may follow.
 
-    Each is a torch module of ``adm_rt.models`` or a ``ModelWeights``; any of ``unet`` and
-    ``upsampler`` may be None, not both. ``settings``: the model's defaults:
-    ``guidance_scale``, ``sampler``, ``class_names``. ``engine``, ``device``, ``dtype``: see
-    ``engines.create``. Attributes: ``name``, ``notes`` (one-line remarks), ``num_classes``.
+    Each is a torch module of ``adm_rt.models``, a ``ModelWeights``, or an ``ExportedNetwork``
+    (the classifier: of its gradient); any of ``unet`` and ``upsampler`` may be None, not both.
+    ``settings``: the model's defaults: ``guidance_scale``, ``sampler``, ``class_names``.
+    ``engine``, ``device``, ``dtype``: see ``engines.create``. Attributes: ``name``,
+    ``notes`` (one-line remarks), ``num_classes``.
     """
 
     def __init__(
@@ -162,55 +163,17 @@ class Pipeline:
 
         model, classifier, upsampler: a name from the zoo, a folder made by ``save_pretrained`` or
         ``adm-rt convert``, or a released ``.pt``. ``classifier=None`` takes the model's own default
-        where it has one, ``"none"`` does without. preset: the released model whose flags hold,
+        where it has one, ``"none"`` does without. model and upsampler may also be folders made by
+        ``adm-rt export``, which the engine "onnx" runs (as does "auto") and which bring the
+        classifier that was exported with them. preset: the released model whose flags hold,
         when the file name does not tell. flags: guided-diffusion's model flags; those that start
         with ``classifier_`` go to the classifier.
 
         Raises ValueError for anything unknown or not fitting together, CheckpointError for a
         damaged file; both before any weight is used.
         """
-        from adm_rt.models import load_checkpoint, load_weights
-
-        # The native engine needs no torch, so its networks are not made into modules.
-        load = load_weights if engines.choose(engine, device)[0] == "native" else load_checkpoint
-        request.check_choice("dtype", dtype, _DTYPES)
-        path = locate(model, "model")
-        settings = read_settings(path)
-        classifier = _default_part(classifier, settings, "classifier", path)
-        upsampler = _default_part(upsampler, settings, "upsampler", path)
-        paths = {"model": path}
-        for part, given in (("classifier", classifier), ("upsampler", upsampler)):
-            if given is not None:
-                paths[part] = locate(given, part, kind=part)
-        guide_flags = {k: v for k, v in flags.items() if k.startswith("classifier_")}
-        flags = {k: v for k, v in flags.items() if k not in guide_flags}
-        if guide_flags and "classifier" not in paths:
-            raise ValueError(f"{', '.join(guide_flags)}: there is no classifier to apply this to")
-        unet = load(path, preset=preset, **flags)
-        parts = {
-            "classifier": load(paths["classifier"], **guide_flags)
-            if "classifier" in paths
-            else None,
-            "upsampler": load(paths["upsampler"]) if "upsampler" in paths else None,
-        }
-        if unet.cfg.kind == "upsampler" and parts["upsampler"] is None:
-            unet, parts["upsampler"] = None, unet
-        elif unet.cfg.kind == "classifier":
-            raise ValueError(
-                f"model={os.fspath(model)!r} is a classifier; give a diffusion model as model and "
-                "this one as classifier"
-            )
-        name = display_name(path)
-        return cls(
-            unet,
-            **parts,
-            name=name,
-            settings={**_published_settings(path, preset), **settings},
-            engine=engine,
-            device=device,
-            dtype=dtype,
-            sources={part: display_name(p) for part, p in paths.items()},
-        )
+        parts = load_parts(model, classifier, upsampler, engine, device, dtype, preset, flags)
+        return cls(**parts, engine=engine, device=device, dtype=dtype)
 
     def save_pretrained(self, folder, dtype="float32"):
         """Write the pipeline to a new folder that ``from_pretrained`` reads back.
@@ -222,6 +185,11 @@ class Pipeline:
         from adm_rt.models import save_model
         from adm_rt.models.weight_folder import replace_folder
 
+        if any(isinstance(n, ExportedNetwork) for n in (self.unet, self.upsampler)):
+            raise ValueError(
+                f"{self.name} is an exported folder: a graph cannot be made into weights again; "
+                "save the model that was exported"
+            )
         parts = {"classifier": self.classifier, "upsampler": self.upsampler}
         if self.unet is None:
             base, parts = self.upsampler, {}
@@ -456,28 +424,3 @@ def _check_eta(eta, sampler):
             f"eta={eta:g}: {sampler!r} has no eta, leave it 0; samplers with it: {takers}"
         )
     return eta
-
-
-def _default_part(given, settings, part, path):
-    """The path or name of a part: as given, else the model's own default; None for "none"."""
-    if isinstance(given, str) and given.lower() == "none":
-        return None
-    if given is not None:
-        return given
-    default = settings.get(part)
-    if default is None:
-        return None
-    beside = Path(path) / default
-    return beside if beside.is_dir() else default
-
-
-def _published_settings(path, preset):
-    from adm_rt.models.presets import SAMPLING, preset_name
-
-    published = SAMPLING.get(preset or preset_name(path))
-    if published is None or published.guidance_scale is None:
-        return {}
-    return {
-        "guidance_scale": published.guidance_scale,
-        "few_step_guidance_scale": published.ddim_guidance_scale,
-    }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 
+from adm_rt.engines import ENGINES
 from adm_rt.models.config import CLASSIFIER_ALIASES, ModelConfig, normalize_flags
 
 _TRUE = ("1", "true", "yes", "t", "y", "on")
@@ -74,7 +75,8 @@ def structure(args):
 def add_running(parser):
     """Where and how it runs."""
     group = parser.add_argument_group("running")
-    add(group, "--engine", default="auto", help="auto or torch (default auto)")
+    names = ", ".join(("auto", *ENGINES))
+    add(group, "--engine", default="auto", help=f"{names} (default auto)")
     add(group, "--device", default="auto", help="auto, cpu, cuda, cuda:N (default auto)")
     add(group, "--dtype", default="auto", help="auto, float32, bfloat16, float16 (default auto)")
     add(group, "--threads", type=int, help="CPU threads (default: all that are allowed)")

@@ -19,7 +19,8 @@ _ENVIRONMENT = ("ADM_RT_", "OMP_", "MKL_", "CUDA_", "NVIDIA_VISIBLE")
 def add_arguments(parser):
     parser.description = (
         "Without MODEL: versions, build facts, what will be used and why, and a one-step "
-        "self-test. With MODEL (zoo name, folder, .pt or preset name): its configuration and sizes."
+        "self-test. With MODEL (zoo name, folder, exported folder, .pt or preset name): its "
+        "configuration and sizes."
     )
     parser.add_argument("model", nargs="?", metavar="MODEL")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
@@ -191,7 +192,7 @@ def _zoo():
 
 
 def _dependencies():
-    names = ("numpy", "torch", "safetensors", "pillow", "tqdm", "matplotlib")
+    names = ("numpy", "torch", "safetensors", "pillow", "tqdm", "matplotlib", "onnxruntime")
     return {name: _version(name) for name in names}
 
 

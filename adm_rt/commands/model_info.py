@@ -5,19 +5,23 @@ from __future__ import annotations
 import os
 
 from adm_rt.engines.memory import activation_bytes
+from adm_rt.export.manifest import OPS_VERSION, is_exported_folder, read_manifest
 from adm_rt.locate import display_name, locate, read_settings
 from adm_rt.models.parameter_shapes import count_parameters, parameter_shapes
 from adm_rt.models.presets import SAMPLING, preset, preset_name
 
 
 def model_report(model):
-    """JSON-ready facts of a zoo model, folder, ``.pt``, or of a preset that has no weights here."""
+    """JSON-ready facts of a zoo model, folder, exported folder, ``.pt``, or of a preset that has no
+    weights here."""
     try:
         path = locate(model)
     except ValueError:
         if preset_name(model) is None or os.sep in os.fspath(model):
             raise
         return _report(preset_name(model), preset(model), None, {})
+    if is_exported_folder(path):
+        return _exported_report(path)
     from adm_rt.models import load_weights
 
     cfg = load_weights(path).cfg
@@ -44,6 +48,35 @@ def _report(name, cfg, path, settings):
         "config": cfg.to_dict(),
         "default_settings": settings,
         "published_settings": None if published is None else vars(published),
+    }
+
+
+def _exported_report(path):
+    """Of an exported folder; its files' sizes are checked, not their sha256."""
+    exported = read_manifest(path)
+    return {
+        "model": display_name(path),
+        "exported": True,
+        "folder": str(path),
+        "size_on_disk_MB": round(_disk_bytes(path) / 1e6, 2),
+        "kind": exported.cfg.kind,
+        "dtype": exported.dtype,
+        "opset": exported.opset,
+        "ops_version": OPS_VERSION,
+        "versions": exported.versions,
+        "networks": {
+            network.name: {
+                "file": network.file,
+                "inputs": {k: f"{kind} {list(dims)}" for k, (kind, dims) in network.inputs.items()},
+                "outputs": {
+                    k: f"{kind} {list(dims)}" for k, (kind, dims) in network.outputs.items()
+                },
+                "nodes": network.nodes,
+            }
+            for network in exported.networks
+        },
+        "config": exported.cfg.to_dict(),
+        "default_settings": exported.metadata,
     }
 
 

@@ -6,27 +6,38 @@ import importlib
 import os
 
 from adm_rt.engines.base import Engine
+from adm_rt.export.manifest import ExportedNetwork
 
-__all__ = ["ENGINES", "PLANNED", "Engine", "choose", "create"]
+__all__ = ["ENGINES", "PLANNED", "RUNS_EXPORTED", "Engine", "choose", "create"]
 
 # name -> (module, class); modules are imported on first use
 ENGINES = {
     "native": ("adm_rt.engines.native_engine", "NativeEngine"),
+    "onnx": ("adm_rt.engines.onnx_engine", "OnnxEngine"),
     "torch": ("adm_rt.engines.torch_engine", "TorchEngine"),
 }
 # names that exist in the design but not in this build
-PLANNED = ("onnx", "tensorrt")
+PLANNED = ("tensorrt",)
+# the engines that take the ``ExportedNetwork`` s of an exported folder
+RUNS_EXPORTED = ("onnx",)
 
 
-def choose(name="auto", device="auto"):
+def choose(name="auto", device="auto", exported=False):
     """Resolve an engine name to (name, reason). Raises ValueError for one this build has not.
 
     "auto" is the native engine on the CPU and the torch engine on CUDA, where ``device`` asks for
-    it or is "auto" and a GPU is there that torch can use.
+    it or is "auto" and a GPU is there that torch can use. exported: the model is an exported
+    folder, which "auto" gives to the onnx engine and which others than ``RUNS_EXPORTED`` refuse.
     """
     if name == "auto":
-        return _automatic(device)
+        return ("onnx", "the model is an exported folder") if exported else _automatic(device)
     if name in ENGINES:
+        if exported and name not in RUNS_EXPORTED:
+            able = " or ".join(repr(n) for n in ("auto", *RUNS_EXPORTED))
+            raise ValueError(
+                f"engine={name!r} cannot run an exported folder, which holds graphs; use "
+                f"engine={able}, or give the model that was exported"
+            )
         return name, "asked for"
     available = ", ".join(repr(n) for n in ("auto", *ENGINES))
     if name in PLANNED:
@@ -34,16 +45,19 @@ def choose(name="auto", device="auto"):
     raise ValueError(f"engine={name!r} is unknown; available: {available}")
 
 
-def create(name, unet, classifier=None, device="cpu", dtype="float32"):
+def create(name, unet, classifier=None, device="cpu", dtype="auto"):
     """An ``Engine`` over built networks.
 
     name: "auto", or a key of ``ENGINES``. unet: ``UNet`` or ``SuperResUNet``, or the
-    ``ModelWeights`` of one. classifier: ``NoisyClassifier``, its ``ModelWeights``, or None.
-    device: "auto", "cpu", "cuda", "cuda:N". dtype: "auto", "float32", "bfloat16", "float16".
+    ``ModelWeights`` or ``ExportedNetwork`` of one. classifier: ``NoisyClassifier``, its
+    ``ModelWeights``, its gradient as an ``ExportedNetwork``, or None. device: "auto", "cpu",
+    "cuda", "cuda:N". dtype: "float32", "bfloat16", "float16"; "auto" is float32, or that of an
+    exported folder.
     Raises ValueError for an unknown name, device or dtype and for a classifier that does not fit
     the denoiser.
     """
-    module, cls = ENGINES[choose(name, device)[0]]
+    exported = isinstance(unet, ExportedNetwork)
+    module, cls = ENGINES[choose(name, device, exported)[0]]
     engine = getattr(importlib.import_module(module), cls)
     return engine(unet, classifier, device=device, dtype=dtype)
 

@@ -63,3 +63,41 @@ def check_fit(unet_cfg, classifier_cfg):
             f"classifier: it knows {classifier_cfg.num_classes} classes, but the model has "
             f"{unet_cfg.num_classes}; use a classifier trained on the same classes"
         )
+
+
+def check_low_res(low_res, cfg):
+    """ValueError unless small images are given exactly where the network is an upsampler."""
+    if (low_res is not None) != (cfg.kind == "upsampler"):
+        raise ValueError(
+            "low_res is missing: an upsampler needs the small images [N, C, h, w]"
+            if low_res is None
+            else "low_res was given, but the model is not an upsampler"
+        )
+
+
+def check_images(values, name, channels, side, count=None):
+    """NumPy float32, C-contiguous; ValueError unless [count, channels, side, side]."""
+    values = np.ascontiguousarray(values, np.float32)
+    n = values.shape[0] if values.ndim else 0
+    if values.shape != (n, channels, side, side) or n < 1 or count not in (None, n):
+        count = "N" if count is None else count
+        raise ValueError(
+            f"{name} has shape {values.shape}; [{count}, {channels}, {side}, {side}] is needed"
+        )
+    return values
+
+
+def check_labels(y, count, classes):
+    """NumPy integers [count]; ValueError unless they are that and in 0..classes-1."""
+    if y is None:
+        raise ValueError(
+            f"y is missing: the model is class-conditional, pass int64 [{count}] labels in "
+            f"0..{classes - 1}"
+        )
+    y = np.asarray(y)
+    if y.shape != (count,) or y.dtype.kind not in "iu":
+        raise ValueError(f"y has shape {y.shape}, {y.dtype}; int64 labels [{count}] are needed")
+    if y.min() < 0 or y.max() >= classes:
+        bad = y[(y < 0) | (y >= classes)][0]
+        raise ValueError(f"y: label {bad} is not in 0..{classes - 1}")
+    return y

@@ -11,7 +11,7 @@ from collections import OrderedDict
 
 import numpy as np
 
-from adm_rt.engines.base import DTYPES, check_fit
+from adm_rt.engines.base import DTYPES, check_fit, check_images, check_labels, check_low_res
 from adm_rt.engines.lowering import lower_embedding, lower_unet
 from adm_rt.engines.lowering_classifier import lower_classifier_gradient
 from adm_rt.engines.memory import require_memory
@@ -79,17 +79,14 @@ class NativeEngine:
 
     def denoise(self, x, t, y=None, low_res=None):
         cfg = self._unet.cfg
-        x = _images(x, "x", cfg.in_channels, cfg.image_size)
-        if (low_res is not None) != (cfg.kind == "upsampler"):
-            raise ValueError(
-                "low_res is missing: an upsampler needs the small images [N, C, h, w]"
-                if low_res is None
-                else "low_res was given, but the model is not an upsampler"
-            )
+        x = check_images(x, "x", cfg.in_channels, cfg.image_size)
+        check_low_res(low_res, cfg)
         inputs = {"x": x}
         if low_res is not None:
-            inputs["low_res"] = _images(low_res, "low_res", cfg.in_channels, cfg.small_size, len(x))
-        labels = _labels(y, len(x), cfg.embedding_rows) if cfg.class_cond else None
+            inputs["low_res"] = check_images(
+                low_res, "low_res", cfg.in_channels, cfg.small_size, len(x)
+            )
+        labels = check_labels(y, len(x), cfg.embedding_rows) if cfg.class_cond else None
         out = np.empty((len(x), cfg.out_channels, cfg.image_size, cfg.image_size), np.float32)
         self._unet.run(inputs, t, labels, {"out": out})
         return out
@@ -98,8 +95,8 @@ class NativeEngine:
         if self._classifier is None:
             raise ValueError("classifier_gradient needs a classifier; this engine was made without")
         cfg = self._classifier.cfg
-        x = _images(x, "x", cfg.in_channels, cfg.image_size)
-        labels = _labels(y, len(x), cfg.num_classes)
+        x = check_images(x, "x", cfg.in_channels, cfg.image_size)
+        labels = check_labels(y, len(x), cfg.num_classes)
         gradient = np.empty_like(x)
         inputs = {"x": x, "y": labels.astype(np.float32)}
         self._classifier.run(inputs, t, None, {"gradient": gradient})
@@ -222,30 +219,3 @@ class _Modulations:
         rows = np.empty((len(pairs), self._width), np.float32)
         self._plans.run("embedding", len(pairs), inputs, {"modulation": rows})
         return rows
-
-
-def _images(values, name, channels, side, count=None):
-    """float32, C-contiguous; ValueError unless [count, channels, side, side]."""
-    values = np.ascontiguousarray(values, np.float32)
-    n = values.shape[0] if values.ndim else 0
-    if values.shape != (n, channels, side, side) or n < 1 or count not in (None, n):
-        count = "N" if count is None else count
-        raise ValueError(
-            f"{name} has shape {values.shape}; [{count}, {channels}, {side}, {side}] is needed"
-        )
-    return values
-
-
-def _labels(y, count, classes):
-    if y is None:
-        raise ValueError(
-            f"y is missing: the model is class-conditional, pass int64 [{count}] labels in "
-            f"0..{classes - 1}"
-        )
-    y = np.asarray(y)
-    if y.shape != (count,) or y.dtype.kind not in "iu":
-        raise ValueError(f"y has shape {y.shape}, {y.dtype}; int64 labels [{count}] are needed")
-    if y.min() < 0 or y.max() >= classes:
-        bad = y[(y < 0) | (y >= classes)][0]
-        raise ValueError(f"y: label {bad} is not in 0..{classes - 1}")
-    return y

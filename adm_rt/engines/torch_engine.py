@@ -6,7 +6,7 @@ import contextlib
 
 import torch
 
-from adm_rt.engines.base import DTYPES, check_fit
+from adm_rt.engines.base import DTYPES, check_fit, check_low_res
 from adm_rt.engines.memory import activation_bytes
 from adm_rt.models.checkpoint import module_of
 from adm_rt.models.classifier_gradient import ClassifierGradient
@@ -99,12 +99,7 @@ class TorchEngine:
                 f"y is missing: the model is class-conditional, pass int64 [{len(x)}] labels in "
                 f"0..{cfg.num_classes - 1}"
             )
-        if (low_res is not None) != (cfg.kind == "upsampler"):
-            raise ValueError(
-                "low_res is missing: an upsampler needs the small images [N, C, h, w]"
-                if low_res is None
-                else "low_res was given, but the model is not an upsampler"
-            )
+        check_low_res(low_res, cfg)
         labels = y if cfg.class_cond else None
         with torch.inference_mode(), self._autocast():
             times = self._times(x, t)

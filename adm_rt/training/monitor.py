@@ -109,15 +109,15 @@ class Monitor:
         if self._bar is not None:
             self._bar.write(text, file=sys.stderr)
 
-    def close(self):
-        """End the bar and TensorBoard's file, and draw ``loss.png`` (needs matplotlib)."""
+    def close(self, plot=True):
+        """End the bar and TensorBoard's file; plot: draw ``loss.png`` (needs matplotlib)."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None
         if self._writer is not None:
             self._writer.close()
             self._writer = None
-        if self._log.path.exists() and importlib.util.find_spec("matplotlib") is not None:
+        if plot and self._log.path.exists() and importlib.util.find_spec("matplotlib") is not None:
             plot_losses(self._log.path, self.out / "loss.png")
 
     def _estimate(self, step):

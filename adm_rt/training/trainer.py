@@ -34,6 +34,10 @@ _OTHERS = ("t", "weight")  # what a task returns beside losses
 _STOPS = {1: "the callback asked for it", 2: "Ctrl-C", 3: "SIGTERM"}
 
 
+class _CutShort(BaseException):
+    """A signal during an evaluation."""
+
+
 class Trainer:
     """Trains ``model`` on ``task`` (see ``tasks.py``) and keeps its EMAs.
 
@@ -82,6 +86,7 @@ class Trainer:
         self.bad_in_a_row = 0
         self._weights = None
         self._stop = 0
+        self._looking = False
         self._saved_step = None
 
     @property
@@ -106,7 +111,8 @@ class Trainer:
             self._resume()
             if main:
                 self._start_monitor(progress)
-                stack.callback(self.monitor.close)
+                # SIGTERM: a scheduler or torchrun kills what is still there after some seconds.
+                stack.callback(lambda: self.monitor.close(plot=self._stop != 3))
             stack.enter_context(self._signals())
             devices = [self.processes.device] if self.processes.device.type == "cuda" else []
             stack.enter_context(torch.random.fork_rng(devices=devices))
@@ -265,13 +271,22 @@ class Trainer:
                 self._stop = max(self._stop, 1)
 
     def _evaluate(self):
-        """Show the monitor a model with the first EMA's weights; training is not touched."""
+        """Show the monitor a model with the first EMA's weights; training is not touched.
+
+        Ctrl-C and SIGTERM cut it short.
+        """
         state = self._state(next(iter(self.config.ema_rates)))
-        if self.processes.is_main:
-            network = copy.deepcopy(self._skeleton)
-            network.load_state_dict(state, assign=True)
+        if not self.processes.is_main or self._stop > 1:
+            return
+        network = copy.deepcopy(self._skeleton)
+        network.load_state_dict(state, assign=True)
+        try:
+            self._looking = True
             with torch.random.fork_rng(devices=[]), torch.no_grad():
                 self.monitor.evaluate(self.step, network.eval())
+            self._looking = False
+        except _CutShort:
+            pass
 
     def _state(self, rate):
         """The state_dict with the averages of ``rate``; whole on rank 0, {} elsewhere."""
@@ -286,7 +301,7 @@ class Trainer:
 
     @contextlib.contextmanager
     def _signals(self):
-        """Ctrl-C and SIGTERM let the update end; a second Ctrl-C is immediate."""
+        """Ctrl-C and SIGTERM wait for the update, not an evaluation; a second Ctrl-C is at once."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -295,6 +310,9 @@ class Trainer:
             self._stop = 2 if number == signal.SIGINT else 3
             if number == signal.SIGINT:
                 signal.signal(signal.SIGINT, signal.default_int_handler)
+            if self._looking:
+                self._looking = False
+                raise _CutShort
 
         before = {n: signal.signal(n, note) for n in (signal.SIGINT, signal.SIGTERM)}
         try:

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import time
 
 import pytest
 import torch
@@ -235,6 +236,31 @@ def test_a_signal_ends_the_update_and_saves(tmp_path, finished, number, end):
     assert trainer.step == 4 and (tmp_path / "step_0000004").is_dir()
     trainer = tiny_trainer(tmp_path)
     trainer.run()
+    assert_same_bits(
+        load_file(finished / "step_0000006" / "state.safetensors"),
+        load_file(tmp_path / "step_0000006" / "state.safetensors"),
+    )
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_cuts_an_evaluation_short(tmp_path, finished, number):
+    seen = []
+
+    def look(step, network):
+        seen.append(step)
+        os.kill(os.getpid(), number)
+        time.sleep(60)
+
+    trainer = tiny_trainer(tmp_path, sample_interval=2)
+    trainer.monitor.evaluate = look
+    began = time.monotonic()
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        trainer.run()
+    assert time.monotonic() - began < 50
+    # The loss plot is for people, not for a scheduler that has lost patience.
+    assert seen == [2] and trainer.monitor.plotted is (number == signal.SIGINT)
+    assert (tmp_path / "step_0000002").is_dir()
+    tiny_trainer(tmp_path, sample_interval=2).run()
     assert_same_bits(
         load_file(finished / "step_0000006" / "state.safetensors"),
         load_file(tmp_path / "step_0000006" / "state.safetensors"),

@@ -46,6 +46,7 @@ class Quiet:
     def __init__(self):
         self.rows = []
         self.networks = []
+        self.plotted = None  # until it is closed
 
     def start(self, step, seconds=0.0):
         pass
@@ -59,8 +60,8 @@ class Quiet:
     def checkpointed(self, step, path):
         pass
 
-    def close(self):
-        pass
+    def close(self, plot=True):
+        self.plotted = plot
 
 
 def tiny_trainer(out, *, model=None, short=(-1, 0), timesteps=100, callback=None, **changes):

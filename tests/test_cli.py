@@ -352,7 +352,7 @@ def test_help_and_version(capsys):
     text = capsys.readouterr().out
     for name in COMMANDS:
         assert name in text
-    for name in ("sample", "upscale", "info", "convert"):
+    for name in ("sample", "upscale", "info", "convert", "export"):
         assert main([name, "--help"]) == 0
         usage, *rest = capsys.readouterr().out.splitlines()
         assert f"adm-rt {name}" in usage and not rest[0]  # one line, not a screen of flags

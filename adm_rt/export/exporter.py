@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from adm_rt.engines.base import check_fit
-from adm_rt.errors import MissingExtraError
+from adm_rt.errors import CheckpointError, MissingExtraError
 from adm_rt.export import manifest
 from adm_rt.export.classifier_graph import classifier_gradient_graph
 from adm_rt.export.nodes import OPSET
@@ -58,6 +58,10 @@ def export_model(unet, folder, classifier=None, dtype="float32", loss_scale=None
         raise ValueError(f"loss_scale={loss_scale} is for a classifier's gradient; none was given")
     if metadata is None:
         metadata = _metadata(unet.info)
+    if folder.is_dir() and any(folder.iterdir()):
+        raise CheckpointError(
+            f"cannot write {folder}: it is not empty. Choose another folder, or remove this one."
+        )
     with replace_folder(folder, overwrite=False) as place:
         networks = {
             name: _write_network(place, name, graph, weights[name])

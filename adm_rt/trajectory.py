@@ -110,18 +110,24 @@ def _run_batch(stage, seeds, labels, rows, monitor):
     noise = philox_normal(seeds, stage.image_shape, step=0, purpose=INITIAL_NOISE)
     low = _rows(stage.low_images, rows)
     monitor.begin(rows)
-    x = stage.sampler(
-        _Watched(engine, monitor),
+    start = (
         engine.from_numpy(noise),
         stage.diffusion,
         None if labels is None else engine.from_numpy(labels),
         stage.guidance_scale,
-        noise=seeds,
-        callback=monitor.after_step,
-        low_res=None if low is None else engine.from_numpy(from_uint8(low)),
-        **stage.options,
     )
-    x = engine.to_numpy(x)
+    low_res = None if low is None else engine.from_numpy(from_uint8(low))
+    options = {"noise": seeds, "low_res": low_res, **stage.options}
+    if monitor.may_skip_steps and hasattr(engine, "run_captured"):
+        run = engine.run_captured(stage.sampler, *start, **options)
+        if run is not None and run.finite:
+            x = engine.to_numpy(run.x)
+            monitor.check(x, "the finished sample")
+            monitor.after_run(run.timesteps)
+            return to_uint8(x)
+        # Not possible, or not finite: the steps one by one, which names the bad one.
+    watched = _Watched(engine, monitor)
+    x = engine.to_numpy(stage.sampler(watched, *start, callback=monitor.after_step, **options))
     monitor.check(x, "the finished sample")
     return to_uint8(x)
 
@@ -186,8 +192,19 @@ class _Monitor:
             "nothing was written. Damaged weights or a guidance_scale that is far too large do this"
         )
 
-    def after_step(self, step, total, t, x0):
-        """The sampler's callback; False stops the run."""
+    @property
+    def may_skip_steps(self):
+        """Whether nobody wants to see the steps: then a batch may run as a whole."""
+        return self._callback is None
+
+    def after_run(self, timesteps):
+        """A whole batch is done, whose steps were not seen."""
+        self._advance(len(timesteps), len(timesteps))
+        if self._first:
+            self.timesteps = [float(t) for t in timesteps]
+        self._steps_done = len(timesteps)
+
+    def _advance(self, steps, total):
         self._total = total
         if self._bar is None and self._progress:
             from tqdm import tqdm
@@ -195,7 +212,11 @@ class _Monitor:
             batches = -(-self._count // self._batch_size)
             self._bar = tqdm(total=total * batches, desc=self._stage.title, unit="step")
         if self._bar is not None:
-            self._bar.update()
+            self._bar.update(steps)
+
+    def after_step(self, step, total, t, x0):
+        """The sampler's callback; False stops the run."""
+        self._advance(1, total)
         if self._first:
             self.timesteps.append(float(t))
         proceed = True

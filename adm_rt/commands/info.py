@@ -174,7 +174,6 @@ def _engines():
         "available": list(engines.ENGINES),
         "auto": chosen,
         "why": why,
-        "not_in_this_build": list(engines.PLANNED),
         "device_auto": _guarded(_device_auto),
     }
 

@@ -8,18 +8,17 @@ import os
 from adm_rt.engines.base import Engine
 from adm_rt.export.manifest import ExportedNetwork
 
-__all__ = ["ENGINES", "PLANNED", "RUNS_EXPORTED", "Engine", "choose", "create"]
+__all__ = ["ENGINES", "RUNS_EXPORTED", "Engine", "choose", "create"]
 
 # name -> (module, class); modules are imported on first use
 ENGINES = {
     "native": ("adm_rt.engines.native_engine", "NativeEngine"),
     "onnx": ("adm_rt.engines.onnx_engine", "OnnxEngine"),
+    "tensorrt": ("adm_rt.engines.tensorrt_engine", "TensorRTEngine"),
     "torch": ("adm_rt.engines.torch_engine", "TorchEngine"),
 }
-# names that exist in the design but not in this build
-PLANNED = ("tensorrt",)
 # the engines that take the ``ExportedNetwork`` s of an exported folder
-RUNS_EXPORTED = ("onnx",)
+RUNS_EXPORTED = ("onnx", "tensorrt")
 
 
 def choose(name="auto", device="auto", exported=False):
@@ -40,26 +39,24 @@ def choose(name="auto", device="auto", exported=False):
             )
         return name, "asked for"
     available = ", ".join(repr(n) for n in ("auto", *ENGINES))
-    if name in PLANNED:
-        raise ValueError(f"engine={name!r} is not in this build yet; available: {available}")
     raise ValueError(f"engine={name!r} is unknown; available: {available}")
 
 
-def create(name, unet, classifier=None, device="cpu", dtype="auto"):
+def create(name, unet, classifier=None, device="cpu", dtype="auto", **options):
     """An ``Engine`` over built networks.
 
     name: "auto", or a key of ``ENGINES``. unet: ``UNet`` or ``SuperResUNet``, or the
     ``ModelWeights`` or ``ExportedNetwork`` of one. classifier: ``NoisyClassifier``, its
     ``ModelWeights``, its gradient as an ``ExportedNetwork``, or None. device: "auto", "cpu",
-    "cuda", "cuda:N". dtype: "float32", "bfloat16", "float16"; "auto" is float32, or that of an
-    exported folder.
+    "cuda", "cuda:N". dtype: "float32", "bfloat16", "float16"; "auto" is float32 (TensorRT:
+    float16), or that of an exported folder. options: further arguments of the engine's class.
     Raises ValueError for an unknown name, device or dtype and for a classifier that does not fit
     the denoiser.
     """
     exported = isinstance(unet, ExportedNetwork)
     module, cls = ENGINES[choose(name, device, exported)[0]]
     engine = getattr(importlib.import_module(module), cls)
-    return engine(unet, classifier, device=device, dtype=dtype)
+    return engine(unet, classifier, device=device, dtype=dtype, **options)
 
 
 def _automatic(device):

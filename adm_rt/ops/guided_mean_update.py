@@ -319,7 +319,7 @@ def _torch(x, model_output, coefficients, **arguments):
             "inside `with adm_rt.ops.use_reference():`"
         )
     seeds = arguments["seeds"]
-    if seeds is not None:
+    if seeds is not None and not _seeds_are_ready(seeds, x):
         seeds = torch.from_numpy(as_seeds(seeds, x.shape[0])).to(x.device)
     x_next, x0, state = register()(
         x,
@@ -336,6 +336,16 @@ def _torch(x, model_output, coefficients, **arguments):
         arguments["quantile"],
     )
     return x_next, x0, state if coefficients.has_state else None
+
+
+def _seeds_are_ready(seeds, x):
+    """int64 [N] on x's device: taken as they are, because a copy would end a graph's capture."""
+    return (
+        str(getattr(seeds, "dtype", "")) == "torch.int64"
+        and seeds.device == x.device
+        and seeds.shape == x.shape[:1]
+        and seeds.is_contiguous()
+    )
 
 
 def _reference(x, model_output, coefficients, *, seeds, step, noise, history, **arguments):

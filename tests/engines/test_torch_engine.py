@@ -148,12 +148,6 @@ def test_half_types_on_the_cpu_are_float32_and_say_so(dtype):
     assert "\n" not in engine.notes[0]
 
 
-@pytest.mark.parametrize("name", engines.PLANNED)
-def test_planned_engines_say_that_they_are_not_here_yet(name):
-    with pytest.raises(ValueError, match=f"{name}.*not in this build yet; available: .*'torch'"):
-        engines.create(name, tiny_network())
-
-
 def test_wrong_names_name_what_there_is():
     unet = tiny_network()
     with pytest.raises(

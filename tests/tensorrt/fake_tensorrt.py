@@ -2,7 +2,7 @@
 
 ``make("tensorrt", "10.13.3")`` has the names of that version alone, so that code which leans on
 another version's fails. Its "ONNX" files are JSON {"scale": s, "classes": bool, ...}; an engine of
-one computes ``s * x + t / 1000 + y`` on CPU memory, with as many channels as its output has.
+one computes ``s * x + t / 1000 + y / 100`` on CPU memory, with as many channels as its output has.
 """
 
 import ctypes
@@ -226,7 +226,7 @@ def make(name, version):
             result = self.engine.plan["scale"] * values["x"]
             shift = values["t"] / 1000
             if "y" in values:
-                shift = shift + values["y"]
+                shift = shift + values["y"] / 100
             result = result + shift.astype(np.float32)[:, None, None, None]
             result = np.tile(result, (1, shape[1] // values["x"].shape[1], 1, 1))
             self._array(output, result.shape)[...] = result

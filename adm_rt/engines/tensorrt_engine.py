@@ -1,0 +1,436 @@
+"""The TensorRT engine: both networks as TensorRT engines, a whole run as one CUDA graph.
+
+Engines are built for the GPU that is here on first use, which takes minutes for a large model, and
+kept in a cache (``tensorrt_cache``); ``adm-rt build-engine`` builds them beforehand. A run of all
+steps without a callback is captured once and replayed for every batch: UNet, classifier gradient
+and ``guided_mean_update`` of every step on one stream.
+
+Nothing here has been measured, or run, on a GPU yet.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from typing import NamedTuple
+
+import torch
+
+from adm_rt.engines import tensorrt_adapter, tensorrt_plugins
+from adm_rt.engines.base import DTYPES, check_fit, check_low_res
+from adm_rt.engines.memory import activation_bytes
+from adm_rt.engines.tensorrt_adapter import Profile
+from adm_rt.engines.tensorrt_cache import EngineCache, default_folder
+from adm_rt.engines.tensorrt_gpu import TorchGpu
+from adm_rt.engines.tensorrt_source import Sources
+from adm_rt.errors import EngineError
+from adm_rt.export.manifest import CLASSIFIER_GRADIENT, UNET
+
+DEFAULT_PROFILE = Profile(1, 8, 32)  # 32: the largest batch that is chosen automatically
+OPS = ("auto", "plugins", "functions")
+
+
+class TensorRTEngine:
+    """Runs a UNet (or SuperResUNet) and the gradient of a NoisyClassifier; see ``Engine``.
+
+    unet, classifier: torch modules, ``ModelWeights``, or ``ExportedNetwork`` s of one folder.
+    device: "auto", "cuda", "cuda:N". dtype: "auto" is float16, or that of an exported folder.
+
+    batch: a ``Profile`` or its text ("8", "1,8,32") to use at all costs; None takes what the cache
+    has for a batch, else builds 1,8,32. refit: build engines whose weights can be exchanged (a
+    cached one of the same network is used for other weights without a build). ops: "plugins" runs
+    our nodes with our kernels, "functions" as standard ops that TensorRT fuses itself; "auto" takes
+    plugins where they can be loaded. graph: False runs the steps one by one, never as one CUDA
+    graph. library, gpu, cache: for tests.
+
+    Raises MissingExtraError without TensorRT (naming the pip command), ValueError without a GPU,
+    EngineError for what TensorRT says, OSError for a cache folder that cannot be written.
+    """
+
+    name = "tensorrt"
+
+    def __init__(
+        self,
+        unet,
+        classifier=None,
+        device="auto",
+        dtype="auto",
+        *,
+        batch=None,
+        refit=False,
+        ops="auto",
+        graph=True,
+        library=None,
+        gpu=None,
+        cache=None,
+    ):
+        if dtype != "auto" and dtype not in DTYPES:
+            allowed = ", ".join(map(repr, ("auto", *DTYPES)))
+            raise ValueError(f"dtype={dtype!r} is unknown; allowed: {allowed}")
+        if classifier is not None:
+            check_fit(unet.cfg, classifier.cfg)
+        self._library = library or tensorrt_adapter.library()
+        self._gpu = gpu or TorchGpu(device)
+        self.device = self._gpu.device
+        sources = Sources(unet, classifier, dtype)
+        self.dtype = sources.dtype
+        self.notes = []
+        cache = EngineCache(default_folder()) if cache is None else cache
+        if cache.folder is None:
+            self.notes.append("the cache is off: TensorRT engines are built anew in every process")
+        self._builder = EngineBuilder(
+            self._library, cache, sources, self._gpu.identity, refit=refit, ops=ops
+        )
+        self.notes += self._builder.notes
+        profile = Profile.parse(batch) if isinstance(batch, (str, int)) else batch
+        self._networks = {
+            name: _Network(name, self._builder, self._gpu, profile) for name in sources.names
+        }
+        self._cfg = unet.cfg
+        self._classifier_cfg = None if classifier is None else classifier.cfg
+        self._captured, self._graph = None, bool(graph)
+
+    def from_numpy(self, values):
+        return self._gpu.from_numpy(values)
+
+    def to_numpy(self, values):
+        return values.detach().cpu().numpy()
+
+    def prepare(self, timesteps):
+        """Nothing to prepare."""
+
+    def image_bytes(self, guided=False):
+        size = 1 if self.dtype == "float32" else 2
+        needed = activation_bytes(self._cfg) // size
+        if guided and self._classifier_cfg is not None:
+            needed += activation_bytes(self._classifier_cfg, gradient=True) // size
+        return needed
+
+    def denoise(self, x, t, y=None, low_res=None):
+        cfg = self._cfg
+        if cfg.class_cond and y is None:
+            raise ValueError(
+                f"y is missing: the model is class-conditional, pass int64 [{len(x)}] labels in "
+                f"0..{cfg.num_classes - 1}"
+            )
+        check_low_res(low_res, cfg)
+        inputs = {"x": x, "t": self._gpu.full(len(x), t)}
+        if cfg.class_cond:
+            inputs["y"] = y
+        if low_res is not None:
+            inputs["low_res"] = low_res
+        shape = (len(x), cfg.out_channels, cfg.image_size, cfg.image_size)
+        return self._networks[UNET].run(inputs, "output", shape)
+
+    def classifier_gradient(self, x, t, y):
+        if CLASSIFIER_GRADIENT not in self._networks:
+            raise ValueError("classifier_gradient needs a classifier; this engine was made without")
+        inputs = {"x": x, "t": self._gpu.full(len(x), t), "y": y}
+        return self._networks[CLASSIFIER_GRADIENT].run(inputs, "gradient", tuple(x.shape))
+
+    def run_captured(
+        self, sampler, x, diffusion, y, guidance_scale, *, noise=None, low_res=None, **options
+    ):
+        """A whole run of ``sampler`` as one CUDA graph, recorded on first use.
+
+        Arguments as the sampler's, without a callback; noise: seeds. Replayed as long as only the
+        values of x, y, the seeds and low_res change. Returns a ``Run``, or None where it cannot be
+        recorded (a note says why): then the steps have to be run one by one.
+        """
+        if not self._graph:
+            return None
+        given = {"x": x, "y": y, "noise": noise, "low_res": low_res}
+        inputs = {name: _on_device(self._gpu, value) for name, value in given.items()}
+        key = _Key(
+            sampler,
+            {k: None if v is None else (tuple(v.shape), v.dtype) for k, v in inputs.items()},
+            float(guidance_scale),
+            (diffusion.to_config(), diffusion.betas.tobytes()),
+            options,
+        )
+        if self._captured is None or self._captured.key != key:
+            self._captured = None  # its memory first
+            try:
+                self._captured = self._capture(key, inputs, diffusion)
+            except (EngineError, RuntimeError) as error:
+                self._graph = False
+                self.notes.append(f"steps run one by one, not as one CUDA graph: {error}")
+                _say(self.notes[-1])
+                return None
+        captured = self._captured
+        for name, value in inputs.items():
+            if value is not None:
+                captured.inputs[name].copy_(value)
+        captured.replay()
+        x, total = captured.result
+        return Run(x.clone(), captured.timesteps, bool(torch.isfinite(total).all()))
+
+    def _capture(self, key, inputs, diffusion):
+        kept = {k: None if v is None else v.clone() for k, v in inputs.items()}
+        x, y, low_res = kept["x"], kept["y"], kept["low_res"]
+        t, timesteps = diffusion.model_timestep(0), []
+
+        def warm_up():  # TensorRT allocates and loads kernels the first time it sees a shape
+            self.denoise(x, t, y, low_res)
+            if key.guidance_scale != 0:
+                self.classifier_gradient(x, t, y)
+            for network in self._networks.values():
+                network.check_capturable(len(x))
+
+        def run():
+            watched = _Summed(self, self._gpu.full(1, 0.0))
+            end = key.sampler(
+                watched,
+                x,
+                diffusion,
+                y,
+                key.guidance_scale,
+                noise=kept["noise"],
+                low_res=low_res,
+                callback=lambda step, total, t, x0: timesteps.append(t),
+                **key.options,
+            )
+            return end, watched.total
+
+        replay, result = self._gpu.capture(warm_up, run)
+        return _Captured(key, kept, replay, result, list(timesteps))
+
+    def refit(self, unet, classifier=None):
+        """Go over to other weights of the same networks (an average, say), without a new engine.
+
+        Arguments as the constructor's. Loaded engines that were built with ``refit=True`` take the
+        new weights in place; others, and those that refuse, are loaded or built anew when they are
+        next used. Returns the names of the networks that were refitted.
+        """
+        sources = Sources(unet, classifier, self.dtype)
+        old = {name: network.cfg for name, network in self._networks.items()}
+        new = {name: sources.cfg(name) for name in sources.names}
+        if {k: v.to_dict() for k, v in old.items()} != {k: v.to_dict() for k, v in new.items()}:
+            raise ValueError(
+                "unet, classifier: refitting exchanges weights, but these are other networks; make "
+                "a new engine"
+            )
+        self._captured = None  # holds the addresses and values of the old weights
+        self._builder.replace_sources(sources)
+        return [name for name, network in self._networks.items() if network.refit()]
+
+
+class Run(NamedTuple):
+    """x: a finished batch; timesteps: those of its steps, of the original process; finite: whether
+    all that the networks said was."""
+
+    x: torch.Tensor
+    timesteps: list[float]
+    finite: bool
+
+
+class _Summed:
+    """An engine whose answers are added up: a clip would hide a NaN or an infinity in them."""
+
+    def __init__(self, engine, total):
+        self._engine, self.total = engine, total
+
+    def denoise(self, *arguments):
+        return self._added(self._engine.denoise(*arguments))
+
+    def classifier_gradient(self, *arguments):
+        return self._added(self._engine.classifier_gradient(*arguments))
+
+    def _added(self, values):
+        self.total.add_(values.sum())
+        return values
+
+
+class _Key(NamedTuple):
+    sampler: object
+    shapes: dict
+    guidance_scale: float
+    diffusion: tuple
+    options: dict
+
+
+class _Captured(NamedTuple):
+    key: _Key
+    inputs: dict
+    replay: object
+    result: object
+    timesteps: list
+
+
+class EngineBuilder:
+    """Engines for the networks of ``Sources``, from the cache, by refitting, or built.
+
+    gpu: what the engine is for, e.g. "NVIDIA H200 sm_90". compute_capability: "8.9" to build for
+    another GPU (TensorRT-RTX only). ``notes``: one-line remarks. See ``TensorRTEngine``.
+    """
+
+    def __init__(
+        self, library, cache, sources, gpu, *, refit=False, ops="auto", compute_capability=None
+    ):
+        self.library, self.cache, self.sources = library, cache, sources
+        self.gpu, self.refit, self.compute_capability = gpu, bool(refit), compute_capability
+        self.ops, why = tensorrt_plugins.choose_ops(library, ops)
+        self.notes = [why] if why else []
+
+    def replace_sources(self, sources):
+        self.sources.close()
+        self.sources = sources
+
+    def facts(self, name, profile):
+        """Everything that decides an engine; the key of its file."""
+        gpu = self.gpu
+        if self.library.is_rtx:  # its engines run on every GPU of the range they were built for
+            gpu = "any" if self.compute_capability is None else f"sm {self.compute_capability}"
+        return {
+            **self.sources.facts(name),
+            "library": str(self.library),
+            "gpu": gpu,
+            "batch": str(profile),
+            "refit": self.refit,
+            "ops": self.ops,
+        }
+
+    def engine(self, name, batch, wanted=None):
+        """The LoadedEngine for a batch; ``wanted`` is the profile to use, None: see choose."""
+        profile = wanted or self.choose(name, batch)
+        if not profile.covers(batch):
+            raise ValueError(
+                f"batch={profile}: the engine runs batches of {profile.least} to {profile.most} "
+                f"images, not {batch}; give another batch_size or profile"
+            )
+        return self.load(name, profile)
+
+    def choose(self, name, batch):
+        """The profile of the engine to use: a static one in the cache, the narrowest dynamic one in
+        the cache, else the default."""
+        facts = self.facts(name, DEFAULT_PROFILE)
+        found = [Profile.parse(f["batch"]) for f in self.cache.similar(facts, ("batch",))]
+        found = [profile for profile in found if profile.covers(batch)]
+        if found:
+            return min(found, key=lambda p: (p.most - p.least, abs(p.tuned - batch)))
+        return DEFAULT_PROFILE if DEFAULT_PROFILE.covers(batch) else Profile(*[batch] * 3)
+
+    def load(self, name, profile):
+        """The LoadedEngine of a profile; one that this library refuses is built again."""
+        facts = self.facts(name, profile)
+        with tensorrt_plugins.registered(self.library, self.ops):
+            plan = self.plan(name, profile)
+            try:
+                return self.library.load(plan)
+            except EngineError as error:
+                self.cache.notes.append(f"{name}: the cached engine is built again: {error}")
+                self.cache.forget(facts)
+            return self.library.load(self.plan(name, profile))
+
+    def plan(self, name, profile):
+        """The serialised engine, from the cache, by refitting another, or built."""
+        facts = self.facts(name, profile)
+        with tensorrt_plugins.registered(self.library, self.ops):
+            return self.cache.get_or_build(
+                facts, lambda: self._refitted(name, facts) or self.build(name, profile).plan, _wait
+            )
+
+    def build(self, name, profile, listing=False):
+        """Build without looking at the cache of engines (that of timings is used)."""
+        file = self.sources.file(name)
+        timing, times = f"{self.library} {self.gpu}", None
+        # TensorRT-RTX measures nothing while it builds, and asks for a GPU to read a timing cache.
+        if not self.library.is_rtx:
+            times = self.cache.timing_cache(timing)
+        _say(f"building the TensorRT engine of {name} for batches of {profile}; this takes a while")
+        with tensorrt_plugins.registered(self.library, self.ops):
+            built = self.library.build(
+                file,
+                profile,
+                refit=self.refit,
+                timing_cache=times,
+                compute_capability=self.compute_capability,
+                listing=listing,
+            )
+        if built.timing_cache is not None:
+            with contextlib.suppress(OSError):  # it only saves time
+                self.cache.put_timing_cache(timing, built.timing_cache)
+        return built
+
+    def _refitted(self, name, facts):
+        """The plan of a cached engine of other weights with these ones, or None."""
+        for found in self.cache.similar(facts, ("weights",)):
+            plan = self.cache.get(found)
+            if not found.get("refit") or plan is None:
+                continue
+            try:
+                engine = self.library.load(plan)
+                why = engine.refit(self.sources.file(name))
+                if not why:
+                    return engine.serialize()
+            except EngineError as error:
+                why = str(error)
+            self.cache.notes.append(f"{name}: a cached engine could not be refitted ({why}): built")
+            return None
+        return None
+
+
+class _Network:
+    """One network's engines by profile, each with its memory."""
+
+    def __init__(self, name, builder, gpu, profile):
+        self.name, self._builder, self._gpu, self._profile = name, builder, gpu, profile
+        self.cfg = builder.sources.cfg(name)
+        self._loaded = []  # (engine, its scratch memory)
+
+    def run(self, inputs, output, shape):
+        """inputs: name -> tensor on the device. Enqueues; returns float32 ``shape``."""
+        engine = self._engine(shape[0])
+        kinds = {"y": torch.int64}
+        inputs = {
+            name: value.to(kinds.get(name, torch.float32)).contiguous()
+            for name, value in inputs.items()
+        }
+        out = self._gpu.empty(shape)
+        tensors = {name: (value.data_ptr(), value.shape) for name, value in inputs.items()}
+        tensors[output] = (out.data_ptr(), shape)
+        engine.run(tensors, self._gpu.stream)
+        return out
+
+    def check_capturable(self, batch):
+        for engine, _ in self._loaded:
+            if engine.profile.covers(batch) and not engine.capturable(self._gpu.stream):
+                raise EngineError(f"{self.name}: the library says it cannot be captured in a graph")
+
+    def refit(self):
+        """Whether all loaded engines took the weights of the builder's sources; they are dropped
+        otherwise."""
+        loaded, self._loaded = self._loaded, []
+        for engine, _ in loaded:
+            why = engine.refit(self._builder.sources.file(self.name))
+            if why:
+                self._builder.cache.notes.append(f"{self.name}: not refitted ({why}): built anew")
+                return False
+        self._loaded = loaded
+        return bool(loaded)
+
+    def _engine(self, batch):
+        # A static engine is at least as good as a dynamic one, so the narrowest comes first.
+        fitting = [pair[0] for pair in self._loaded if pair[0].profile.covers(batch)]
+        if fitting:
+            return min(fitting, key=lambda e: e.profile.most - e.profile.least)
+        engine = self._builder.engine(self.name, batch, self._profile)
+        scratch = self._gpu.scratch(engine.memory_bytes)
+        engine.set_memory(scratch.data_ptr(), len(scratch))
+        self._loaded.append((engine, scratch))
+        self._builder.sources.close()
+        return engine
+
+
+def _on_device(gpu, value):
+    if value is None or isinstance(value, torch.Tensor):
+        return value
+    return gpu.from_numpy(value)
+
+
+def _wait():
+    _say("another process is building this TensorRT engine; waiting for it")
+
+
+def _say(text):
+    print(f"adm-rt: {text}", file=sys.stderr, flush=True)

@@ -1,0 +1,79 @@
+"""A GPU made of CPU memory, and exported networks whose graphs the fake TensorRT understands."""
+
+import fake_tensorrt
+import torch
+from tiny_models import tiny_config
+
+from adm_rt.export.manifest import interface, read_manifest, write_manifest
+
+
+class FakeGpu:
+    """``TorchGpu`` on the CPU. A captured graph is the function itself, called at each replay; as
+    in CUDA, its tensors are those of the recording."""
+
+    device, stream = "cuda:0", 5
+
+    def __init__(self, identity="NVIDIA H200 sm_90"):
+        self.identity, self.captures, self.replays, self.can_capture = identity, 0, 0, True
+
+    def from_numpy(self, values):
+        return torch.from_numpy(values)
+
+    def empty(self, shape, dtype=torch.float32):
+        return torch.full(shape, 77, dtype=dtype)
+
+    def full(self, count, value):
+        return torch.full((count,), float(value))
+
+    def scratch(self, size):
+        return torch.empty(size, dtype=torch.uint8)
+
+    def capture(self, warm_up, function):
+        if not self.can_capture:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        warm_up()
+        self.captures += 1
+        results = function()
+
+        def replay():
+            self.replays += 1
+            for result, new in zip(results, function(), strict=True):
+                result.copy_(new)
+
+        return replay, results
+
+
+def write_graphs(folder, unet_scale=0.5, gradient_scale=-0.1, cfgs=None, dtype="float16"):
+    """An exported folder whose graphs are the fake's JSON. Returns its path."""
+    folder.mkdir(parents=True)
+    cfgs = cfgs or {
+        "unet": tiny_config(),
+        "classifier_gradient": tiny_config("classifier"),
+    }
+    scales = {"unet": unet_scale, "classifier_gradient": gradient_scale}
+    networks = {}
+    for name, cfg in cfgs.items():
+        inputs, outputs = interface(name, cfg)
+        shapes = {n: [-1 if d == "N" else d for d in dims] for n, (_, dims) in inputs.items()}
+        ((output, (_, dims)),) = outputs.items()
+        output = [output, [-1, *dims[1:]]]
+        file = folder / f"{name}.onnx"
+        file.write_text(fake_tensorrt.onnx_text(shapes, output, scales[name]))
+        digest = f"{abs(hash((name, scales[name]))):064x}"[-64:]
+        networks[name] = {"file": file.name, "weights_sha256": digest, "nodes": {}}
+    write_manifest(
+        folder,
+        dtype=dtype,
+        opset=23,
+        cfg=cfgs["unet"],
+        classifier_cfg=cfgs.get("classifier_gradient"),
+        networks=networks,
+        versions={"torch": "0", "onnx": "0"},
+    )
+    return folder
+
+
+def exported(folder, **options):
+    """(unet, classifier gradient) of ``write_graphs``."""
+    manifest = read_manifest(write_graphs(folder, **options))
+    return manifest.unet, manifest.classifier_gradient

@@ -39,7 +39,7 @@ __attribute__((naked, noinline)) inline void switch_stack(void** /*save*/, void*
 }
 #endif
 
-class Fiber {
+class __attribute__((visibility("hidden"))) Fiber {
  public:
   Fiber() {
     const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));

@@ -1,19 +1,34 @@
 """Compiles C++ probes of the core with the system compiler, for tests that look below _C."""
 
+import ctypes
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+FOLDER = Path(__file__).resolve().parent
+# Without what AddressSanitizer sees as well and what makes g++ take minutes.
+SANITIZERS = (
+    "-fsanitize=address,undefined",
+    "-fno-sanitize=null,object-size,vptr",
+    "-fno-sanitize-recover=all",
+    "-Og",
+    "-g1",
+)
+
+
+def cxx():
+    return os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
 
 
 @pytest.fixture(scope="session")
 def compile_probe(tmp_path_factory):
     """compile_probe(name, sources, *flags, shared=True) -> path of the library or program."""
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
+    compiler = cxx()
     if compiler is None:
         pytest.skip("no C++ compiler here; set CXX")
     folder = tmp_path_factory.mktemp("probes")
@@ -28,3 +43,58 @@ def compile_probe(tmp_path_factory):
         return output
 
     return build
+
+
+@pytest.fixture(scope="session")
+def compile_emulated(compile_probe):
+    """compile_emulated(source) -> ctypes library of tests/cpp/<source> with error_text().
+
+    sanitized=True gives the path of a build for `run_sanitized` instead.
+    """
+
+    def build(source, *flags, name=None, sanitized=False):
+        name = name or Path(source).stem
+        path = f"tests/cpp/{source}"
+        if sanitized:
+            return str(compile_probe(f"{name}_sanitized", [path], *SANITIZERS, *flags))
+        # These are tests of results: -O1 compiles in a fraction of the time.
+        library = ctypes.CDLL(str(compile_probe(name, [path], "-O1", *flags)))
+        library.error_text.restype = ctypes.c_char_p
+        return library
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def run_sanitized():
+    """run_sanitized(code, *arguments) -> (exit status, output) of a Python under AddressSanitizer.
+
+    The code may load libraries made by compile_emulated(..., sanitized=True), whose paths it finds
+    in sys.argv, and import modules of this folder.
+    """
+    compiler = cxx() or "c++"
+    asan = subprocess.run(
+        [compiler, "-print-file-name=libasan.so"], capture_output=True, text=True
+    ).stdout.strip()
+    if not Path(asan).is_absolute() or not Path(asan).exists():
+        pytest.skip(f"{compiler} has no AddressSanitizer library")
+    path = os.pathsep.join([str(FOLDER), *filter(None, sys.path)])
+    # Python itself keeps memory until its end; a fake stack per fiber costs ten times the rest.
+    options = "detect_leaks=0:detect_stack_use_after_return=0"
+    environment = {
+        **os.environ,
+        "LD_PRELOAD": asan,
+        "ASAN_OPTIONS": options,
+        "UBSAN_OPTIONS": "print_stacktrace=0",
+        "PYTHONPATH": path,
+    }
+
+    def run(code, *arguments):
+        command = [sys.executable, "-c", code, *arguments]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        return done.returncode, done.stdout + done.stderr
+
+    status, text = run("import numpy")
+    if status != 0:
+        pytest.skip(f"Python does not run under AddressSanitizer: {text[-300:]}")
+    return run

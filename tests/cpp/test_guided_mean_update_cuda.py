@@ -26,13 +26,8 @@ ROW = StepCoefficients(
 
 
 @pytest.fixture(scope="module")
-def emulated(compile_probe):
-    path = compile_probe(
-        "guided_mean_update_emulated", ["tests/cpp/guided_mean_update_emulated.cpp"]
-    )
-    library = ctypes.CDLL(str(path))
-    library.error_text.restype = ctypes.c_char_p
-    return library
+def emulated(compile_emulated):
+    return compile_emulated("guided_mean_update_emulated.cpp")
 
 
 class Case:

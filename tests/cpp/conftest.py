@@ -73,17 +73,22 @@ def run_sanitized():
     in sys.argv, and import modules of this folder.
     """
     compiler = cxx() or "c++"
-    asan = subprocess.run(
-        [compiler, "-print-file-name=libasan.so"], capture_output=True, text=True
-    ).stdout.strip()
-    if not Path(asan).is_absolute() or not Path(asan).exists():
-        pytest.skip(f"{compiler} has no AddressSanitizer library")
+    # The sanitizer has to find __cxa_throw when it starts, which Python alone does not bring.
+    preload = [
+        subprocess.run(
+            [compiler, f"-print-file-name={name}"], capture_output=True, text=True
+        ).stdout.strip()
+        for name in ("libasan.so", "libstdc++.so")
+    ]
+    for library in preload:
+        if not Path(library).is_absolute() or not Path(library).exists():
+            pytest.skip(f"{compiler} has no {library}, which AddressSanitizer needs")
     path = os.pathsep.join([str(FOLDER), *filter(None, sys.path)])
     # Python itself keeps memory until its end; a fake stack per fiber costs ten times the rest.
     options = "detect_leaks=0:detect_stack_use_after_return=0"
     environment = {
         **os.environ,
-        "LD_PRELOAD": asan,
+        "LD_PRELOAD": " ".join(preload),
         "ASAN_OPTIONS": options,
         "UBSAN_OPTIONS": "print_stacktrace=0",
         "PYTHONPATH": path,

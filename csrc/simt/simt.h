@@ -53,9 +53,12 @@
 #if defined(__CUDACC__)
 #define ADM_RT_HOST_DEVICE __host__ __device__ __forceinline__
 #define ADM_RT_UNROLL _Pragma("unroll")
+#define ADM_RT_UNROLL_BY(count) ADM_RT_PRAGMA(unroll count)  // so far and no further
+#define ADM_RT_PRAGMA(text) _Pragma(#text)
 #elif defined(ADM_RT_EMULATOR)  // for tests: what is not inlined compiles several times faster
 #define ADM_RT_HOST_DEVICE inline
 #define ADM_RT_UNROLL
+#define ADM_RT_UNROLL_BY(count)
 #else
 #define ADM_RT_HOST_DEVICE inline __attribute__((always_inline))
 #define ADM_RT_UNROLL _Pragma("GCC unroll 16")

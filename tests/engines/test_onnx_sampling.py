@@ -10,7 +10,7 @@ from tiny_models import tiny_network
 
 import adm_rt
 from adm_rt import Pipeline
-from adm_rt.errors import MissingExtraError
+from adm_rt.errors import CheckpointError, MissingExtraError
 
 pytest.importorskip("onnxruntime", reason="needs onnxruntime: pip install 'adm_rt[onnx]'")
 pytest.importorskip("onnx", reason="needs onnx: pip install 'adm_rt[onnx]'")
@@ -67,6 +67,24 @@ def test_modules_of_a_stack():
     assert ours.images.shape == (2, 32, 32, 3)
     assert np.abs(ours.images.astype(int) - expected.images).max() <= 1
     assert expected.images.std() > 1
+
+
+def test_weights_in_a_file_of_their_own(pipelines, tmp_path, monkeypatch):
+    """As above 2 GB; they must outlive the temporary folder, and are checked like the graph."""
+    from adm_rt.export import export_model, onnx_file
+
+    monkeypatch.setattr(onnx_file, "EXTERNAL_ABOVE", 0)
+    networks = (tiny_network(), tiny_network("classifier", seed=1))
+    request = {"classes": [0, 3], "steps": 3, "guidance_scale": 2.0, **QUIET}
+    folder = export_model(networks[0], tmp_path / "big", networks[1])
+    assert {"unet.onnx.data", "classifier_gradient.onnx.data"} <= set(os.listdir(folder))
+    expected = Pipeline(*networks, engine="torch")(**request).images
+    for pipeline in (adm_rt.load(folder), Pipeline(*networks, engine="onnx")):
+        assert np.abs(pipeline(**request).images.astype(int) - expected).max() <= 1
+    data = folder / "unet.onnx.data"
+    data.write_bytes(data.read_bytes()[:-1] + b"?")
+    with pytest.raises(CheckpointError, match="unet.onnx.data is damaged or was changed"):
+        adm_rt.load(folder)
 
 
 def test_exporting_for_the_run_without_onnx_names_the_extra(monkeypatch):

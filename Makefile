@@ -12,7 +12,7 @@ PIP_ARGS ?=
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt $(PIP_ARGS)
 NATIVE := $(shell find csrc python -type f \( -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \))
 
-.PHONY: help install sample test lint format bench gpu clean
+.PHONY: help install install-tensorrt-rtx sample test lint format bench gpu clean
 
 help:
 	@echo "make sample    16 class-guided glyphs from the shipped model -> samples/"
@@ -49,6 +49,10 @@ $(VENV)/.installed: $(VENV)/.built pyproject.toml constraints.txt
 
 # Also after changes that need no new install.
 install: $(VENV)/.installed
+
+# TensorRT-RTX (NVIDIA's licence, 95 MB): with it `make test` builds real engines, without a GPU.
+install-tensorrt-rtx: install
+	$(PIP) --no-build-isolation -e '.[data,test,test-tensorrt]'
 
 # ---- Targets ----
 

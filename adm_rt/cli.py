@@ -20,6 +20,7 @@ COMMANDS = {
     "info": ("adm_rt.commands.info", "what this build is and uses, and why; or about one model"),
     "convert": ("adm_rt.commands.convert", "released .pt <-> folder of safetensors"),
     "export": ("adm_rt.commands.export", "ONNX graphs that run without PyTorch"),
+    "build-engine": ("adm_rt.commands.build_engine", "TensorRT engines beforehand"),
     "train": ("adm_rt.training.cli", "train a diffusion model, a noisy classifier, an upsampler"),
     "evaluate": ("adm_rt.commands.evaluate", "bits per dimension; the digits experiment"),
     "bench": ("adm_rt.benchmarking", "time the ops, networks and samples against the alternatives"),

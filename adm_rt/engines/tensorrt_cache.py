@@ -45,6 +45,12 @@ def key_of(facts) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:40]
 
 
+def read_facts(file):
+    """The facts in an engine file's header; nothing of the plan is used. Raises ValueError."""
+    with open(file, "rb") as opened:
+        return _read_header(opened)["facts"]
+
+
 class EngineCache:
     """Engine files of one folder. ``EngineCache(None)`` keeps nothing.
 
@@ -144,6 +150,13 @@ class EngineCache:
                 f"{_short(facts.get(name))} is needed here; build one with adm-rt build-engine"
             )
         self.put(facts, plan)
+
+    @staticmethod
+    def copy(facts, plan, path):
+        """Write an engine file elsewhere, to be adopted there."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write_aside(path, _header(facts, plan), plan)
 
     @contextlib.contextmanager
     def lock(self, name, waiting=None):

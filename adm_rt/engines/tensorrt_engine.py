@@ -10,24 +10,20 @@ Nothing here has been measured, or run, on a GPU yet.
 
 from __future__ import annotations
 
-import contextlib
-import sys
 from typing import NamedTuple
 
 import torch
 
-from adm_rt.engines import tensorrt_adapter, tensorrt_plugins
+from adm_rt.engines import tensorrt_adapter
 from adm_rt.engines.base import DTYPES, check_fit, check_low_res
 from adm_rt.engines.memory import activation_bytes
 from adm_rt.engines.tensorrt_adapter import Profile
+from adm_rt.engines.tensorrt_builder import EngineBuilder, say
 from adm_rt.engines.tensorrt_cache import EngineCache, default_folder
 from adm_rt.engines.tensorrt_gpu import TorchGpu
 from adm_rt.engines.tensorrt_source import Sources
 from adm_rt.errors import EngineError
 from adm_rt.export.manifest import CLASSIFIER_GRADIENT, UNET
-
-DEFAULT_PROFILE = Profile(1, 8, 32)  # 32: the largest batch that is chosen automatically
-OPS = ("auto", "plugins", "functions")
 
 
 class TensorRTEngine:
@@ -155,7 +151,7 @@ class TensorRTEngine:
             except (EngineError, RuntimeError) as error:
                 self._graph = False
                 self.notes.append(f"steps run one by one, not as one CUDA graph: {error}")
-                _say(self.notes[-1])
+                say(self.notes[-1])
                 return None
         captured = self._captured
         for name, value in inputs.items():
@@ -257,119 +253,6 @@ class _Captured(NamedTuple):
     timesteps: list
 
 
-class EngineBuilder:
-    """Engines for the networks of ``Sources``, from the cache, by refitting, or built.
-
-    gpu: what the engine is for, e.g. "NVIDIA H200 sm_90". compute_capability: "8.9" to build for
-    another GPU (TensorRT-RTX only). ``notes``: one-line remarks. See ``TensorRTEngine``.
-    """
-
-    def __init__(
-        self, library, cache, sources, gpu, *, refit=False, ops="auto", compute_capability=None
-    ):
-        self.library, self.cache, self.sources = library, cache, sources
-        self.gpu, self.refit, self.compute_capability = gpu, bool(refit), compute_capability
-        self.ops, why = tensorrt_plugins.choose_ops(library, ops)
-        self.notes = [why] if why else []
-
-    def replace_sources(self, sources):
-        self.sources.close()
-        self.sources = sources
-
-    def facts(self, name, profile):
-        """Everything that decides an engine; the key of its file."""
-        gpu = self.gpu
-        if self.library.is_rtx:  # its engines run on every GPU of the range they were built for
-            gpu = "any" if self.compute_capability is None else f"sm {self.compute_capability}"
-        return {
-            **self.sources.facts(name),
-            "library": str(self.library),
-            "gpu": gpu,
-            "batch": str(profile),
-            "refit": self.refit,
-            "ops": self.ops,
-        }
-
-    def engine(self, name, batch, wanted=None):
-        """The LoadedEngine for a batch; ``wanted`` is the profile to use, None: see choose."""
-        profile = wanted or self.choose(name, batch)
-        if not profile.covers(batch):
-            raise ValueError(
-                f"batch={profile}: the engine runs batches of {profile.least} to {profile.most} "
-                f"images, not {batch}; give another batch_size or profile"
-            )
-        return self.load(name, profile)
-
-    def choose(self, name, batch):
-        """The profile of the engine to use: a static one in the cache, the narrowest dynamic one in
-        the cache, else the default."""
-        facts = self.facts(name, DEFAULT_PROFILE)
-        found = [Profile.parse(f["batch"]) for f in self.cache.similar(facts, ("batch",))]
-        found = [profile for profile in found if profile.covers(batch)]
-        if found:
-            return min(found, key=lambda p: (p.most - p.least, abs(p.tuned - batch)))
-        return DEFAULT_PROFILE if DEFAULT_PROFILE.covers(batch) else Profile(*[batch] * 3)
-
-    def load(self, name, profile):
-        """The LoadedEngine of a profile; one that this library refuses is built again."""
-        facts = self.facts(name, profile)
-        with tensorrt_plugins.registered(self.library, self.ops):
-            plan = self.plan(name, profile)
-            try:
-                return self.library.load(plan)
-            except EngineError as error:
-                self.cache.notes.append(f"{name}: the cached engine is built again: {error}")
-                self.cache.forget(facts)
-            return self.library.load(self.plan(name, profile))
-
-    def plan(self, name, profile):
-        """The serialised engine, from the cache, by refitting another, or built."""
-        facts = self.facts(name, profile)
-        with tensorrt_plugins.registered(self.library, self.ops):
-            return self.cache.get_or_build(
-                facts, lambda: self._refitted(name, facts) or self.build(name, profile).plan, _wait
-            )
-
-    def build(self, name, profile, listing=False):
-        """Build without looking at the cache of engines (that of timings is used)."""
-        file = self.sources.file(name)
-        timing, times = f"{self.library} {self.gpu}", None
-        # TensorRT-RTX measures nothing while it builds, and asks for a GPU to read a timing cache.
-        if not self.library.is_rtx:
-            times = self.cache.timing_cache(timing)
-        _say(f"building the TensorRT engine of {name} for batches of {profile}; this takes a while")
-        with tensorrt_plugins.registered(self.library, self.ops):
-            built = self.library.build(
-                file,
-                profile,
-                refit=self.refit,
-                timing_cache=times,
-                compute_capability=self.compute_capability,
-                listing=listing,
-            )
-        if built.timing_cache is not None:
-            with contextlib.suppress(OSError):  # it only saves time
-                self.cache.put_timing_cache(timing, built.timing_cache)
-        return built
-
-    def _refitted(self, name, facts):
-        """The plan of a cached engine of other weights with these ones, or None."""
-        for found in self.cache.similar(facts, ("weights",)):
-            plan = self.cache.get(found)
-            if not found.get("refit") or plan is None:
-                continue
-            try:
-                engine = self.library.load(plan)
-                why = engine.refit(self.sources.file(name))
-                if not why:
-                    return engine.serialize()
-            except EngineError as error:
-                why = str(error)
-            self.cache.notes.append(f"{name}: a cached engine could not be refitted ({why}): built")
-            return None
-        return None
-
-
 class _Network:
     """One network's engines by profile, each with its memory."""
 
@@ -426,11 +309,3 @@ def _on_device(gpu, value):
     if value is None or isinstance(value, torch.Tensor):
         return value
     return gpu.from_numpy(value)
-
-
-def _wait():
-    _say("another process is building this TensorRT engine; waiting for it")
-
-
-def _say(text):
-    print(f"adm-rt: {text}", file=sys.stderr, flush=True)

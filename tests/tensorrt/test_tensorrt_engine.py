@@ -1,5 +1,7 @@
 """The TensorRT engine on fakes: which engines it builds, what it gives them, runs as graphs."""
 
+import sys
+
 import fake_tensorrt
 import numpy as np
 import pytest
@@ -410,13 +412,10 @@ def test_an_infinity_inside_a_graph_is_found_and_named(pipeline, monkeypatch):
 
 
 def test_what_is_missing_is_said(monkeypatch, networks):
-    monkeypatch.setattr(tensorrt_adapter.importlib, "import_module", _no_module)
+    for name in tensorrt_adapter.MODULES:
+        monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(MissingExtraError, match=r"pip install 'adm_rt\[tensorrt\]'"):
-        TensorRTEngine(*networks)
-
-
-def _no_module(name):
-    raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+        engines.create("tensorrt", *networks)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

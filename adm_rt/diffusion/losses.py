@@ -106,7 +106,7 @@ def training_losses(
     t,
     noise,
     loss_type: str | None = None,
-    mean_weight: float = 0.0,
+    snr_weight: bool = False,
 ) -> dict[str, torch.Tensor]:
     """Per-image losses from the network's output at ``x_t = q_sample(diffusion, x0, t, noise)``.
 
@@ -118,9 +118,9 @@ def training_losses(
             with learned variances, the bound with the mean held fixed, so that it trains only the
             variances; "rescaled_mse" weighs the bound by num_timesteps/1000; "kl": the bound alone;
             "rescaled_kl": the bound times num_timesteps.
-        mean_weight: adds this times the squared error of the mean over the pixels, averaged
-            over the channels (``mean_error``). The best prediction stays the same; its mean, one of
-            H*W degrees of freedom, is learned sooner. Not for the KL losses (ValueError).
+        snr_weight: multiplies the squared error of an x0 target by the signal-to-noise ratio
+            clamped to [1, 5]: between truncated SNR (Salimans & Ho 2022, section 4) and min-SNR-5
+            (Hang et al. 2023). Other targets and losses: ValueError.
 
     Returns:
         dict of [N] tensors: ``loss`` to be averaged and differentiated; ``mse``; ``vb`` in bits as
@@ -129,6 +129,11 @@ def training_losses(
     loss_type = diffusion.loss_type if loss_type is None else loss_type
     if loss_type not in LOSS_TYPES:
         raise ValueError(f"loss_type={loss_type!r} is not one of {LOSS_TYPES}.")
+    if snr_weight and (diffusion.model_mean_type != "xstart" or "mse" not in loss_type):
+        raise ValueError(
+            f"snr_weight is for the mse of x0; this is the {loss_type} of "
+            f"{diffusion.model_mean_type}."
+        )
     out = model_output.to(x0.dtype)
     prediction, v = gaussian.split_output(diffusion, out, x0.shape[1])
     if diffusion.model_mean_type == "xstart":
@@ -139,8 +144,6 @@ def training_losses(
         target = noise
 
     if loss_type in ("kl", "rescaled_kl"):
-        if mean_weight:
-            raise ValueError(f"mean_weight={mean_weight} is for the mse losses, not {loss_type!r}.")
         vb = vb_terms_bpd(diffusion, out, x0, x_t, t)
         if loss_type == "rescaled_kl":
             vb = vb * diffusion.num_timesteps
@@ -148,16 +151,16 @@ def training_losses(
         return {"loss": vb, "mse": mse, "vb": vb}
 
     mse = F.mse_loss(prediction, target, reduction="none").flatten(1).mean(1)
-    loss, terms = mse, {}
-    if mean_weight:
-        terms["mean_error"] = (prediction - target).flatten(2).mean(2).square().mean(1)
-        loss = loss + mean_weight * terms["mean_error"]
+    loss = mse
+    if snr_weight:
+        alpha2 = gaussian.extract(diffusion.alphas_cumprod, t, x0).flatten()
+        loss = mse * (alpha2 / (1.0 - alpha2)).clamp(1.0, 5.0)
     if v is None:
         with torch.no_grad():
             vb = vb_terms_bpd(diffusion, out, x0, x_t, t)
-        return {"loss": loss, "mse": mse, "vb": vb, **terms}
+        return {"loss": loss, "mse": mse, "vb": vb}
     frozen = torch.cat([prediction.detach(), v], dim=1)
     vb = vb_terms_bpd(diffusion, frozen, x0, x_t, t)
     if loss_type == "rescaled_mse":
         vb = vb * (diffusion.num_timesteps / 1000.0)
-    return {"loss": loss + vb, "mse": mse, "vb": vb, **terms}
+    return {"loss": loss + vb, "mse": mse, "vb": vb}

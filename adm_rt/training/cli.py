@@ -116,10 +116,10 @@ def _add_data(command, what):
     )
     add(
         command,
-        "--mean-weight",
-        type=float,
-        metavar="W",
-        help="weigh the error of the noise's mean, for narrow networks (0)",
+        "--snr-weight",
+        type=boolean,
+        metavar="BOOL",
+        help="weigh the error of x0 by its signal-to-noise ratio, with --predict-xstart (no)",
     )
     add(command, "--sample-count", type=int, metavar="N", help="images in a grid of samples (16)")
     add(command, "--sample-steps", type=int, metavar="N", help="steps they are made in (25)")

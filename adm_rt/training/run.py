@@ -49,7 +49,7 @@ def train(
     num_classes=None,
     class_dropout=0.0,
     noise_jitter=0.0,
-    mean_weight=0.0,
+    snr_weight=False,
     data_seed=1,
     random_crop=None,
     random_flip=None,
@@ -71,7 +71,7 @@ def train(
       of samples; both every ``sample_interval`` updates (None: every save_interval; 0: never).
     - class_cond: None uses labels if the data have them. num_classes: None counts them.
       class_dropout: the share of labels replaced by the null class, for classifier-free guidance.
-      noise_jitter, mean_weight: see ``tasks.DiffusionTask``.
+      noise_jitter, snr_weight: see ``tasks.DiffusionTask``.
     - data_seed: of the order and of glyphs. random_crop, random_flip: None is as published (flips;
       crops for classifiers), and neither for glyphs and digits. on_bad, class_from, exif_rotation,
       workers: see adm_rt.data.
@@ -90,7 +90,7 @@ def train(
     denoising = {
         "class_dropout": class_dropout,
         "noise_jitter": noise_jitter,
-        "mean_weight": mean_weight,
+        "snr_weight": snr_weight,
     }
     if what == "classifier" and (class_cond is not None or any(denoising.values())):
         raise ValueError(f"class_cond, {', '.join(denoising)} are not for classifiers.")
@@ -230,6 +230,10 @@ def _evaluations(cfg, task, config, dataset, val_data, sample_count, sample_step
             val_data, cfg.image_size, class_cond=True, num_classes=cfg.num_classes
         )
         return [Validation(held_out, task.diffusion, cfg.num_classes, val_images)]
+    if sample_count < 1:
+        raise ValueError(
+            f"sample_count={sample_count} must be at least 1; sample_interval=0 makes no grids."
+        )
     truth, labels = None, None
     if cfg.kind == "upsampler":
         count = min(_TRUTH_IMAGES, dataset.num_images or _TRUTH_IMAGES)

@@ -56,9 +56,7 @@ class DiffusionTask:
     between 0.3 and 2, in x_t and in the target alike. A narrow network otherwise learns to answer
     with noise of unit amplitude whatever it is shown, and few-step samplers leave grain; so it has
     to measure the amplitude (cf. input perturbation, Ning et al. 2023, arXiv 2301.11706).
-    mean_weight: see ``losses.training_losses``. The mean of the noise decides the colours, which
-    are drawn in the first steps, but is too small a part of the squared error for a narrow network
-    to learn.
+    snr_weight: see ``losses.training_losses``.
     """
 
     def __init__(
@@ -70,11 +68,10 @@ class DiffusionTask:
         num_classes=None,
         class_dropout=0.0,
         noise_jitter=0.0,
-        mean_weight=0.0,
+        snr_weight=False,
     ):
         check_number("class_dropout", class_dropout, 0.0, 1.0)
         check_number("noise_jitter", noise_jitter, 0.0, 1.0)
-        check_number("mean_weight", mean_weight, 0.0)
         if class_dropout and (not class_cond or num_classes is None):
             raise ValueError(
                 f"class_dropout={class_dropout} needs class_cond=True and num_classes, the number "
@@ -86,7 +83,7 @@ class DiffusionTask:
         self.num_classes = num_classes
         self.class_dropout = class_dropout
         self.noise_jitter = noise_jitter
-        self.mean_weight = mean_weight
+        self.snr_weight = snr_weight
 
     def batch(self, step, rank=0, world_size=1):
         """The share of process ``rank`` in the global batch of update ``step``: a ``Batch``."""
@@ -102,7 +99,7 @@ class DiffusionTask:
             "class_cond": self.class_cond,
             "class_dropout": self.class_dropout,
             "noise_jitter": self.noise_jitter,
-            "mean_weight": self.mean_weight,
+            "snr_weight": self.snr_weight,
             **_description(self.data),
         }
 
@@ -124,7 +121,7 @@ class DiffusionTask:
             x_t,
             t,
             noise,
-            mean_weight=self.mean_weight,
+            snr_weight=self.snr_weight,
         )
         return {**values, "t": t, "weight": weight}
 

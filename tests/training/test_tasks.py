@@ -121,15 +121,17 @@ def test_no_jitter_leaves_every_bit_of_the_noise():
     assert torch.equal(models[0].calls[0][0], models[1].calls[0][0])
 
 
-def test_mean_weight_adds_the_error_of_the_mean():
-    plain, weighed = Recorder(), Recorder()
-    before = losses_of(DiffusionTask(DIFFUSION, Images(), False), plain)
-    after = losses_of(DiffusionTask(DIFFUSION, Images(), False, mean_weight=30.0), weighed)
-    noise = StepRandom(3, 11, 0, 6).normal((3, 8, 8))
-    error = (0.5 * weighed.calls[0][0] - noise).mean((2, 3)).square().mean(1)
-    torch.testing.assert_close(after["mean_error"], error)
-    torch.testing.assert_close(after["loss"], before["loss"] + 30 * error)
-    assert "mean_error" not in before
+def test_snr_weight_weighs_the_error_of_x0():
+    diffusion = Diffusion(noise_schedule="cosine", predict_xstart=True)
+    got = losses_of(DiffusionTask(diffusion, Images(), False, snr_weight=True), Recorder())
+    plain = losses_of(DiffusionTask(diffusion, Images(), False), Recorder())
+    alpha2 = torch.from_numpy(diffusion.alphas_cumprod.copy())[got["t"]]
+    weight = (alpha2 / (1 - alpha2)).clamp(1, 5).float()
+    assert weight.min() == 1 and weight.max() == 5
+    torch.testing.assert_close(got["loss"], weight * got["mse"] + got["vb"])
+    torch.testing.assert_close(plain["loss"], got["mse"] + got["vb"])
+    with pytest.raises(ValueError, match="snr_weight is for the mse of x0; .* eps"):
+        losses_of(DiffusionTask(DIFFUSION, Images(), False, snr_weight=True), Recorder())
 
 
 def test_upsampler_sees_the_area_mean():
@@ -190,7 +192,7 @@ def test_descriptions_tell_runs_apart():
 
     assert describe() == describe() != describe(class_dropout=0.1)
     assert describe() != describe(noise_jitter=0.1)
-    assert describe() != describe(mean_weight=1.0)
+    assert describe() != describe(snr_weight=True)
     upsampler = UpsamplerTask(DIFFUSION, Images(), 4, True).describe()
     assert upsampler["small_size"] == 4 and upsampler["diffusion"] == DIFFUSION.to_config()
     other = ClassifierTask(Diffusion(), Images()).describe()

@@ -224,6 +224,7 @@ def test_iterations_and_out_are_required(what, capsys):
         ("upsampler", {"small_size": 9}, "small_size=9"),
         ("diffusion", {"iterations": 0}, "iterations=0"),
         ("diffusion", {"random_flip": True}, "random_flip"),
+        ("diffusion", {"sample_interval": 1, "sample_count": 0}, "sample_count=0"),
     ],
     ids=str,
 )

@@ -1,11 +1,14 @@
 """Compiles C++ probes of the core with the system compiler, for tests that look below _C."""
 
 import ctypes
+import functools
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -52,6 +55,7 @@ def compile_emulated(compile_probe):
     sanitized=True gives the path of a build for `run_sanitized` instead.
     """
 
+    @functools.cache
     def build(source, *flags, name=None, sanitized=False):
         name = name or Path(source).stem
         path = f"tests/cpp/{source}"
@@ -103,3 +107,48 @@ def run_sanitized():
     if status != 0:
         pytest.skip(f"Python does not run under AddressSanitizer: {text[-300:]}")
     return run
+
+
+class KernelReport(NamedTuple):
+    """What ptxas says of one kernel; bytes, but for registers."""
+
+    arch: str
+    name: str  # mangled
+    stack: int
+    spill_stores: int
+    spill_loads: int
+    registers: int
+
+
+@pytest.fixture(scope="session")
+def nvcc_report(tmp_path_factory):
+    """nvcc_report(source, {virtual arch: (arch, ...)}) -> [KernelReport], of csrc/ops/<source>.
+
+    {80: (80, 86)} compiles to the PTX of sm_80 once and that for both. Skips where no nvcc is.
+    """
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    candidates = (os.environ.get("CUDACXX"), shutil.which("nvcc"), f"{home}/bin/nvcc")
+    nvcc = next((path for path in candidates if path and Path(path).exists()), None)
+    if nvcc is None:
+        pytest.skip("no nvcc: set CUDACXX or CUDA_HOME, or put it on PATH")
+    output = tmp_path_factory.mktemp("nvcc") / "kernels.fatbin"
+
+    def compile_and_read(source, archs):
+        command = [nvcc, "-std=c++17", "-O3", "-Xptxas", "-v", "-fatbin", "-o", str(output)]
+        for virtual, real in archs.items():
+            codes = ",".join(f"sm_{arch}" for arch in real)
+            command += ["-gencode", f"arch=compute_{virtual},code=[{codes}]"]
+        command += [f"-I{ROOT / 'csrc'}", str(ROOT / "csrc" / "ops" / source)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        text = done.stdout + done.stderr
+        assert done.returncode == 0, text
+        kernels = re.findall(
+            r"Compiling entry function '(\w+)' for '(\w+)'.*?(\d+) bytes stack frame, "
+            r"(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers",
+            text,
+            re.S,
+        )
+        assert kernels, text
+        return [KernelReport(arch, name, *map(int, numbers)) for name, arch, *numbers in kernels]
+
+    return compile_and_read

@@ -16,6 +16,7 @@ def library(compile_emulated):
 PRELUDE = """
 import ctypes, sys
 import test_guided_mean_update_cuda as cases
+import test_guided_mean_update_step as steps
 library = ctypes.CDLL(sys.argv[1])
 library.error_text.restype = ctypes.c_char_p
 """
@@ -29,6 +30,10 @@ def test_cases_of_the_kernels(library, run_sanitized):
         "for schedule in (0, 1, 2):\n"
         "    cases.test_selection_in_any_order_of_threads(library, schedule, 0.995)\n"
         "cases.test_forms(library)\n"
+        "for pixels in (64, 49, 3):\n"
+        "    steps.test_copies_and_image(library, pixels=pixels, clip='static')\n"
+        "    steps.test_pixel_major_networks(library, dtype=steps.BFLOAT16, pixels=pixels)\n"
+        "steps.test_the_kernel_advances_the_step(library, schedule=2, clip='static')\n"
     )
     status, text = run_sanitized(code, library)
     assert status == 0, text[-3000:]

@@ -22,6 +22,7 @@ _MODULES = (
     "engines",
     "errors",
     "evaluation",
+    "export",
     "models",
     "ops",
     "samplers",

@@ -104,9 +104,12 @@ def set_threads(count):
         return
     if not 1 <= count <= _MAX_THREADS:  # torch takes any number, and crashes later
         raise ValueError(f"threads={count} is out of range; allowed: 1..{_MAX_THREADS}")
-    import torch
+    try:
+        import torch
 
-    torch.set_num_threads(count)
+        torch.set_num_threads(count)
+    except ModuleNotFoundError:  # an exported folder is run without it
+        pass
     try:
         from adm_rt import _C
     except ImportError:

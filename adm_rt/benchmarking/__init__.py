@@ -40,6 +40,18 @@ BENCHMARKS = {
         arguments.add_sample,
         arguments.check_sample,
     ),
+    "gradient": Benchmark(
+        "adm_rt.benchmarking.gradient",
+        "the classifier's gradient network against autograd",
+        arguments.add_gradient,
+        arguments.check_gradient,
+    ),
+    "export": Benchmark(
+        "adm_rt.benchmarking.export",
+        "exported graphs in ONNX Runtime against the torch modules, compared and timed",
+        arguments.add_export,
+        arguments.check_export,
+    ),
     "train": Benchmark(
         "adm_rt.benchmarking.train",
         "a training step against the same network on plain torch operations",

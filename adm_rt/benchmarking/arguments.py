@@ -38,6 +38,10 @@ def add_ops(parser):
 
 def check_ops(args):
     """Raises ValueError; sets ``args.batches``."""
+    _check_batches(args)
+
+
+def _check_batches(args):
     try:
         args.batches = [int(part) for part in str(args.batch).split(",")]
     except ValueError:
@@ -110,6 +114,68 @@ def check_sample(args):
     for name in ("json", "chart"):
         _check_file(f"--{name}", getattr(args, name))
     _check_output(args)
+
+
+def add_gradient(parser):
+    """``adm-rt bench gradient``."""
+    add_output(parser)
+    parser.add_argument(
+        "--model",
+        default="64x64_classifier",
+        metavar="NAME",
+        help="a released classifier, with random weights (default: 64x64_classifier)",
+    )
+    parser.add_argument("--batch", default="1,4", metavar="N,N", help="batch sizes (default: 1,4)")
+    parser.add_argument("--rounds", type=int, default=7, help="samples of each (default: 7)")
+    parser.add_argument("--threads", type=int, default=1, help=f"{_BOTH} (default: 1)")
+    _add_clock(parser)
+
+
+def check_gradient(args):
+    """Raises ValueError; sets ``args.batches``."""
+    from adm_rt.models.presets import preset
+
+    if preset(args.model).kind != "classifier":
+        raise ValueError(
+            f"--model {args.model} is no classifier; use 64x64_classifier, for example"
+        )
+    _check_batches(args)
+
+
+def add_export(parser):
+    """``adm-rt bench export``."""
+    add_output(parser)
+    parser.add_argument(
+        "--model",
+        default="64x64_diffusion",
+        metavar="NAME",
+        help="one of bench sample's models (default: 64x64_diffusion, with random weights)",
+    )
+    parser.add_argument(
+        "--batch", default="1,2,5", metavar="N,N", help="batch sizes (default: 1,2,5)"
+    )
+    parser.add_argument("--dtype", default="float32", metavar="T,T", help="float32, float16")
+    parser.add_argument("--rounds", type=int, default=3, help="samples of each (default: 3)")
+    parser.add_argument(
+        "--threads", type=int, default=1, help="for torch and ONNX Runtime (default: 1)"
+    )
+    _add_clock(parser)
+
+
+def check_export(args):
+    """Raises ValueError; sets ``args.batches`` and ``args.dtypes``."""
+    from adm_rt.benchmarking.sampling_cases import MODELS
+
+    known = [name for name, model in MODELS.items() if model.zoo is None]
+    if args.model not in known:
+        raise ValueError(f"--model {args.model} is unknown; allowed: {', '.join(known)}")
+    args.dtypes = args.dtype.split(",")
+    if not set(args.dtypes) <= {"float32", "float16"}:
+        raise ValueError(
+            f"--dtype {args.dtype}: allowed are float32 and float16 (ONNX Runtime has no bfloat16 "
+            "convolution on a CPU)"
+        )
+    _check_batches(args)
 
 
 def add_train(parser):

@@ -1,8 +1,8 @@
 """Checkpoints of a training run: folders ``step_<n>`` that are there whole or not at all.
 
-state.safetensors  every tensor of the run
+state.safetensors  every tensor of the run (in shards: shard-*.safetensors, one per process)
 state.json         step, configuration, loss scale, counters
-manifest.json      bytes and sha256 of the other two, verified before anything is used
+manifest.json      bytes and sha256 of the others, verified before anything is used
 
 A checkpoint is written into ``.step_<n>.<pid>``, synced, and renamed.
 """
@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from adm_rt.errors import CheckpointError
+from adm_rt.training import shards
 
 FORMAT_VERSION = 1
 STATE_FILE = "state.safetensors"
@@ -26,6 +27,7 @@ FACTS_FILE = "state.json"
 MANIFEST_FILE = "manifest.json"
 
 _NAME = re.compile(r"step_(\d+)")
+_TENSORS = re.compile(r"state\.safetensors|shard-[\w-]+\.safetensors")
 _ASIDE = re.compile(r"\.step_\d+\.\d+(\.old)?")
 _CHUNK = 1 << 22
 _TAGS = {
@@ -79,34 +81,55 @@ class Checkpoints:
         JSON values. Raises CheckpointError when the disk is full or fails; nothing half-written
         stays and earlier checkpoints are untouched.
         """
+        aside = self.begin(step)
+        with self.writing(step, aside):
+            files = {STATE_FILE: _write_tensors(aside / STATE_FILE, tensors, whole)}
+            return self.commit(step, aside, facts, files)
+
+    def begin(self, step):
+        """A new folder, into which the state's files are written before ``commit``."""
+        aside = self.out / f".step_{step:07d}.{os.getpid()}"
+        with self.writing(step):
+            aside.mkdir()
+        return aside
+
+    def commit(self, step, aside, facts, files=None):
+        """Make the folder of ``begin`` checkpoint ``step``, drop old ones; returns its folder.
+
+        facts: JSON values; files: manifest entries of what is in the folder (None: made here).
+        """
         target = self.out / f"step_{step:07d}"
-        aside = self.out / f".{target.name}.{os.getpid()}"
         old = aside.with_name(aside.name + ".old")
-        try:
-            with _write_errors(target, self):
-                aside.mkdir()
-                facts = {"format_version": FORMAT_VERSION, "step": step, **facts}
-                files = {
-                    STATE_FILE: _write_tensors(aside / STATE_FILE, tensors, whole),
-                    FACTS_FILE: _write_json(aside / FACTS_FILE, facts),
-                }
-                _write_json(
-                    aside / MANIFEST_FILE, {"format_version": FORMAT_VERSION, "files": files}
-                )
-                _sync_folder(aside)
-                if target.exists():  # damaged, or it would have been continued from
-                    os.rename(target, old)
-                os.rename(aside, target)
-                _sync_folder(self.out)
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
-            shutil.rmtree(old, ignore_errors=True)
+        with self.writing(step, aside):
+            if files is None:
+                files = {path.name: _entry(path) for path in sorted(aside.iterdir())}
+            facts = {"format_version": FORMAT_VERSION, "step": step, **facts}
+            files = {**files, FACTS_FILE: _write_json(aside / FACTS_FILE, facts)}
+            _write_json(aside / MANIFEST_FILE, {"format_version": FORMAT_VERSION, "files": files})
+            _sync_folder(aside)
+            if target.exists():  # damaged, or it would have been continued from
+                os.rename(target, old)
+            os.rename(aside, target)
+            _sync_folder(self.out)
+        shutil.rmtree(old, ignore_errors=True)
         # A newer one was found damaged, and this run will write it again.
         steps = [found for found, _ in self if found <= step]
         for found, path in self:
             if found not in steps[: self.keep]:
                 shutil.rmtree(path, ignore_errors=True)
         return target
+
+    @contextlib.contextmanager
+    def writing(self, step, aside=None):
+        """OSErrors become CheckpointErrors, and any error removes the folder ``aside``."""
+        try:
+            with _write_errors(self.out / f"step_{step:07d}", self):
+                yield
+        except BaseException:
+            if aside is not None:
+                shutil.rmtree(aside, ignore_errors=True)
+                shutil.rmtree(aside.with_name(aside.name + ".old"), ignore_errors=True)
+            raise
 
     def newest(self, report):
         """Folder and facts of the newest undamaged checkpoint, or None where there is none.
@@ -141,16 +164,46 @@ class Checkpoints:
         return f"{', '.join(names)} in {self.out}" if names else "there was none yet"
 
 
-def read_tensors(path):
-    """All tensors of the (verified) checkpoint folder ``path`` by name, on the CPU."""
-    from safetensors.torch import load_file
+def saved_shapes(path):
+    """Name -> shape of all tensors of the (verified) checkpoint folder ``path``."""
+    from safetensors import safe_open
 
+    with _read_errors(path):
+        if _in_shards(path):
+            return shards.shapes(path)
+        with safe_open(path / STATE_FILE, "pt") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+
+
+def fill(path, tensors, assign, together):
+    """Fill ``tensors`` by name from the (verified) checkpoint folder ``path``.
+
+    ``assign(target, value)`` copies a whole tensor; together: see ``shards.read``.
+    """
+    from safetensors import safe_open
+
+    with _read_errors(path):
+        if _in_shards(path):
+            return shards.read(path, tensors, together)
+        with safe_open(path / STATE_FILE, "pt") as file:
+            for name, target in tensors.items():
+                assign(target, file.get_tensor(name))
+
+
+def _in_shards(path):
+    return any(
+        _TENSORS.fullmatch(entry.name) for entry in path.iterdir() if entry.name != STATE_FILE
+    )
+
+
+@contextlib.contextmanager
+def _read_errors(path):
     try:
-        return load_file(path / STATE_FILE)
+        yield
     except OSError as error:
         raise CheckpointError(
-            f"cannot read {path / STATE_FILE}: {error.strerror or error}. Every process of a run "
-            "must see the folder out."
+            f"cannot read {path}: {error.strerror or error}. Every process of a run must see the "
+            "folder out."
         ) from error
 
 
@@ -168,11 +221,15 @@ def _verified_facts(path):
                 return facts  # of a version that wrote no manifest: refused as such
             raise _Damaged(f"{MANIFEST_FILE} is missing.")
         files = json.loads((path / MANIFEST_FILE).read_bytes())["files"]
-        for name in (STATE_FILE, FACTS_FILE):
+        if FACTS_FILE not in files or not any(_TENSORS.fullmatch(name) for name in files):
+            raise _Damaged(f"{MANIFEST_FILE} names no state.")
+        for name, entry in files.items():
+            if name != FACTS_FILE and not _TENSORS.fullmatch(name):
+                raise _Damaged(f"{MANIFEST_FILE} names {name!r}.")
             size = (path / name).stat().st_size
-            if size != files[name]["bytes"]:
-                raise _Damaged(f"{name} has {size} bytes, not {files[name]['bytes']}.")
-            if _sha256(path / name) != files[name]["sha256"]:
+            if size != entry["bytes"]:
+                raise _Damaged(f"{name} has {size} bytes, not {entry['bytes']}.")
+            if _entry(path / name)["sha256"] != entry["sha256"]:
                 raise _Damaged(f"{name} is not as it was written (sha256).")
         return json.loads((path / FACTS_FILE).read_bytes())
     except OSError as error:
@@ -182,12 +239,14 @@ def _verified_facts(path):
         raise _Damaged(f"{MANIFEST_FILE} or {FACTS_FILE} is not what was written.") from error
 
 
-def _sha256(path):
-    digest = hashlib.sha256()
+def _entry(path):
+    """The manifest's entry of the file ``path``."""
+    digest, size = hashlib.sha256(), 0
     with open(path, "rb") as file:
         while chunk := file.read(_CHUNK):
             digest.update(chunk)
-    return digest.hexdigest()
+            size += len(chunk)
+    return {"bytes": size, "sha256": digest.hexdigest()}
 
 
 class _HashedFile:

@@ -24,11 +24,8 @@ class UniformSampler:
         """Take note of the unweighted ``losses`` [n] seen at ``t`` [n]: nothing to do."""
 
     def state_dict(self):
-        """Tensors by name, for the checkpoint."""
+        """The state's tensors by name; filling them goes back to a checkpoint."""
         return {}
-
-    def load_state_dict(self, state):
-        """Go back to what ``state_dict`` returned."""
 
 
 class LossSecondMomentSampler:
@@ -75,13 +72,8 @@ class LossSecondMomentSampler:
                 self.counts[position] += 1
 
     def state_dict(self):
-        """Tensors by name, for the checkpoint."""
+        """The state's tensors by name; filling them goes back to a checkpoint."""
         return {"losses": self.losses, "counts": self.counts}
-
-    def load_state_dict(self, state):
-        """Go back to what ``state_dict`` returned."""
-        self.losses.copy_(state["losses"])
-        self.counts.copy_(state["counts"])
 
 
 SCHEDULE_SAMPLERS = {"uniform": UniformSampler, "loss-second-moment": LossSecondMomentSampler}

@@ -19,8 +19,8 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from adm_rt.errors import CheckpointError, NonFiniteError, ProcessLostError
-from adm_rt.training import distributed, schedule_samplers
-from adm_rt.training.checkpoints import Checkpoints, read_tensors
+from adm_rt.training import distributed, schedule_samplers, shards
+from adm_rt.training.checkpoints import Checkpoints, fill, saved_shapes
 from adm_rt.training.config import TrainConfig, differences
 from adm_rt.training.ema import Ema
 from adm_rt.training.precision import LossScale, autocast
@@ -350,11 +350,6 @@ class Trainer:
     def save(self):
         """Write checkpoint ``step_<n>`` and drop the oldest ones."""
         tensors = self._tensors()
-        if not self.processes.is_main:
-            for tensor in tensors.values():
-                distributed.whole(tensor)
-            self._saved_step = self.step
-            return
         facts = {
             "seconds": round(self.seconds, 1),
             "skipped": self.skipped,
@@ -364,10 +359,24 @@ class Trainer:
             "torch": torch.__version__,
             "config": self._configuration(),
         }
-        path = self.checkpoints.write(self.step, tensors, facts, distributed.whole)
+        if self.sharded and shards.supported():
+            path = self._save_shards(tensors, facts)
+        elif self.processes.is_main:
+            path = self.checkpoints.write(self.step, tensors, facts, distributed.whole)
+        else:
+            for tensor in tensors.values():
+                distributed.whole(tensor)
         self._saved_step = self.step
-        if self.monitor is not None:
+        if self.processes.is_main and self.monitor is not None:
             self.monitor.checkpointed(self.step, path)
+
+    def _save_shards(self, tensors, facts):
+        """Each process writes what it has of ``tensors``; rank 0 gets the checkpoint's folder."""
+        aside = self._on_main(lambda: self.checkpoints.begin(self.step))
+        aside = self.processes.from_main(aside)
+        with self.checkpoints.writing(self.step, aside):
+            shards.write(aside, tensors)
+        return self._on_main(lambda: self.checkpoints.commit(self.step, aside, facts))
 
     def _tensors(self):
         """Every tensor of the run's state by its name in the checkpoint."""
@@ -418,39 +427,31 @@ class Trainer:
                 f"the run in {self.out} is at step {facts['step']}, beyond iterations="
                 f"{self.config.iterations}. Ask for more iterations or choose another out."
             )
-        self._load(read_tensors(path), path)
+        self._load(path)
         self.step, self.seconds, self.skipped = facts["step"], facts["seconds"], facts["skipped"]
         self.bad_in_a_row = 0 if changed else facts["bad_in_a_row"]
         if self.config.precision == "fp16":
             self.loss_scale.lg = facts["lg_loss_scale"]
         self._saved_step = self.step
 
-    def _load(self, tensors, path):
-        """Fill the state from ``tensors`` (as ``_tensors`` names them)."""
+    def _load(self, path):
+        """Fill the state from the checkpoint folder ``path``."""
+        saved = saved_shapes(path)
+        for name, p in self.parameters.items():
+            if f"optimizer.step.{name}" in saved:  # else no update has reached it yet
+                kept = self.optimizer.state[p]
+                kept["step"] = torch.zeros((), device=p.device if self._fused else "cpu")
+                for key in _MOMENTS[1:]:
+                    kept[key] = torch.zeros_like(p, memory_format=torch.preserve_format)
         state = self._tensors()
-        missing = [name for name in state if name not in tensors]
-        wrong = [n for n in state if n in tensors and state[n].shape != tensors[n].shape]
+        missing = [name for name in state if name not in saved]
+        wrong = [n for n in state if n in saved and tuple(state[n].shape) != saved[n]]
         if missing or wrong:
             raise CheckpointError(
                 f"{path} is not of this model: "
                 + (f"{missing[0]} is missing." if missing else f"{wrong[0]} has another shape.")
             )
-        sampler = {}
-        for name, value in tensors.items():
-            if name.startswith("schedule_sampler."):
-                sampler[name.split(".", 1)[1]] = value
-            elif name in state and not name.startswith("optimizer."):
-                distributed.assign(state[name], value)
-        self.schedule_sampler.load_state_dict(sampler)
-        for name, p in self.parameters.items():
-            moments = {key: tensors.get(f"optimizer.{key}.{name}") for key in _MOMENTS}
-            if moments["step"] is None:
-                continue  # no update has reached it yet
-            kept = self.optimizer.state[p]
-            kept["step"] = moments["step"].to(p.device if self._fused else "cpu", copy=True)
-            for key in _MOMENTS[1:]:
-                kept[key] = torch.zeros_like(p, memory_format=torch.preserve_format)
-                distributed.assign(kept[key], moments[key])
+        fill(path, state, distributed.assign, self.sharded)
 
 
 def _warn(text):

@@ -7,6 +7,8 @@ itself never do a backward pass: torch refuses autograd in the child of a proces
 import json
 import os
 import random
+import resource
+import shutil
 import signal
 import socket
 import sys
@@ -20,7 +22,7 @@ from safetensors.torch import save_file
 sys.path.insert(0, str(Path(__file__).parent))
 from tiny_training import all_tensors, tiny_trainer  # noqa: E402
 
-from adm_rt.errors import ProcessLostError  # noqa: E402
+from adm_rt.errors import CheckpointError, ProcessLostError  # noqa: E402
 from adm_rt.training import distributed  # noqa: E402
 
 ENVIRONMENT = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -179,7 +181,8 @@ def shared_run(out, changes):
 
 
 def parity(folder):
-    """The same run by 1 process, 2, 3, 2 with microbatches, 2 that stop, 1 then 2 with shards."""
+    """The same run by 1 process, 2, 3, 2 with microbatches, 2 that stop, 1 then 2 with shards, 3
+    and 2 with shards in turn, 2 with shards then 1."""
     half = {"iterations": 10, "save_interval": 10}
     codes = wait([fork(shared_run, folder / "one", {}), fork(shared_run, folder / "fsdp", half)])
     codes += wait(ranks(2, shared_run, folder / "two", {}))
@@ -188,6 +191,11 @@ def parity(folder):
     codes += wait(ranks(2, shared_run, folder / "stopped", half))
     codes += wait(ranks(2, shared_run, folder / "stopped", {}))
     codes += wait(ranks(2, shared_run, folder / "fsdp", {"parallel": "fsdp"}))
+    sharded = {"parallel": "fsdp"}
+    codes += wait(ranks(2, shared_run, folder / "shards", half | sharded))
+    shutil.copytree(folder / "shards", folder / "shards_then_one")
+    codes += wait(ranks(3, shared_run, folder / "shards", sharded))
+    codes += wait([fork(shared_run, folder / "shards_then_one", {})])
     print(json.dumps(codes))
 
 
@@ -217,8 +225,22 @@ def lost_run(out, misfortune, timeout, at=4):
         raise Lost from error
 
 
+def full_run(out):
+    """A sharded run in which rank 1 cannot write files as large as its shards."""
+    if os.environ["RANK"] == "1":
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        limit = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+        resource.setrlimit(resource.RLIMIT_FSIZE, (5000, limit))
+    try:
+        tiny_trainer(out, iterations=3, parallel="fsdp").run()
+    except CheckpointError as error:
+        print(f"rank {os.environ['RANK']}: {error}", flush=True)
+        raise Lost from error
+
+
 def lost(folder):
-    """What is left of three processes when one is killed, and of two when one hangs."""
+    """What is left of three processes when one is killed, of two when one hangs, and of two when
+    one cannot write."""
 
     def die():
         (folder / "died").write_text(str(time.monotonic()))
@@ -232,8 +254,9 @@ def lost(folder):
     hanging = wait(pids[:1])
     os.kill(pids[1], signal.SIGKILL)
     wait(pids[1:])
-    report = {"killed": killed, "early": early, "hanging": hanging, "seconds": seconds}
-    print(json.dumps(report))
+    full = wait(ranks(2, full_run, folder / "full"))
+    report = {"killed": killed, "early": early, "hanging": hanging, "full": full}
+    print(json.dumps({**report, "seconds": seconds}))
 
 
 if __name__ == "__main__":

@@ -2,15 +2,18 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from tiny_training import assert_same_bits
 
-from adm_rt.training import distributed
+from adm_rt.training import distributed, shards
+from adm_rt.training.checkpoints import Checkpoints
 
 SCRIPT = Path(__file__).with_name("forked_runs.py")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -39,10 +42,20 @@ def runs(tmp_path_factory):
 
 
 def state(folder):
-    return load_file(folder / "step_0000020" / "state.safetensors")
+    """All tensors of the last checkpoint, whole."""
+    path = folder / "step_0000020"
+    if (path / "state.safetensors").exists():
+        return load_file(path / "state.safetensors")
+    tensors = {n: torch.zeros_like(t) for n, t in state(folder.with_name("one")).items()}
+    assert shards.shapes(path) == {name: tuple(t.shape) for name, t in tensors.items()}
+    shards.read(path, tensors, together=False)
+    return tensors
 
 
-@pytest.mark.parametrize("name", ["two", "three", "microbatches", "fsdp"])
+SHARDED = ("fsdp", "shards", "shards_then_one")
+
+
+@pytest.mark.parametrize("name", ["two", "three", "microbatches", *SHARDED])
 def test_processes_and_microbatches_make_the_run_of_one_process(runs, name):
     one, other = state(runs / "one"), state(runs / name)
     assert one.keys() == other.keys()
@@ -51,12 +64,34 @@ def test_processes_and_microbatches_make_the_run_of_one_process(runs, name):
         difference = (other[key].double() - tensor.double()).norm()
         assert difference <= 1e-5 * tensor.double().norm(), key
     expected, seen = (json.loads((runs / n / "rows.json").read_text()) for n in ("one", name))
-    if name == "fsdp":
-        expected = expected[10:]  # it continued the checkpoint of a single process
+    if name in SHARDED:
+        expected = expected[10:]  # continued by another number of processes
     for (step, t, loss), (other_step, other_t, other_loss) in zip(expected, seen, strict=True):
         assert (step, t) == (other_step, other_t)  # in the order of the global batch
         assert other_loss == pytest.approx(loss, rel=1e-4)
     assert len(seen[-1][1]) == 1
+
+
+def test_each_process_writes_its_own_shards(runs):
+    if not shards.supported():
+        pytest.skip(f"torch {torch.__version__} writes no shards as safetensors")
+    found = {p.name for p in (runs / "shards" / "step_0000020").iterdir()}
+    tensors = sorted(name for name in found if name.endswith(".safetensors"))
+    assert len(tensors) == 3 and all(name.startswith("shard-0000") for name in tensors)
+    assert found - set(tensors) == {"state.json", "manifest.json"}
+    assert (runs / "shards_then_one" / "step_0000020" / "state.safetensors").exists()
+
+
+def test_a_damaged_shard_is_found(runs, tmp_path):
+    shutil.copytree(runs / "shards", tmp_path / "run")
+    path = max((tmp_path / "run" / "step_0000020").glob("*.safetensors"))
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 1
+    path.write_bytes(data)
+    told = []
+    found, facts = Checkpoints(tmp_path / "run", 2).newest(told.append)
+    assert found.name == "step_0000010" and facts["step"] == 10
+    assert len(told) == 1 and f"{path.name} is not as it was written" in told[0]
 
 
 def test_a_stopped_run_of_two_processes_continues_bit_for_bit(runs):
@@ -74,6 +109,11 @@ def test_a_dead_or_silent_process_ends_the_run_with_a_message(tmp_path):
     assert len(lines) == 4 and len(early) == 1, text + errors
     for line in set(lines) - set(early):
         assert "at step 4" in line and "step_0000003" in line, line
+    if shards.supported():
+        assert report["full"] == [3, 3], errors
+        lines = [line for line in text.splitlines() if "cannot write" in line]
+        assert len(lines) == 2 and all("step_0000003: File too large" in line for line in lines)
+        assert not list((tmp_path / "full").glob(".step_*"))
 
 
 @pytest.mark.parametrize(

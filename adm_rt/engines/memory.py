@@ -19,11 +19,15 @@ def activation_bytes(cfg, gradient=False):
 
 
 def free_memory(device="cpu"):
-    """Free bytes on the device: CUDA's answer, else MemAvailable, else 2 GiB."""
+    """Free bytes on the device: CUDA's answer (4 GiB where no torch can ask for it), else
+    MemAvailable, else 2 GiB."""
     if device.startswith("cuda"):
-        import torch
+        try:
+            import torch
 
-        return torch.cuda.mem_get_info(device)[0]
+            return torch.cuda.mem_get_info(device)[0]
+        except (ImportError, AssertionError):  # no torch, or one without CUDA
+            return 4 << 30
     try:
         with open("/proc/meminfo") as lines:
             for line in lines:

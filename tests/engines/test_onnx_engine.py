@@ -15,6 +15,7 @@ from adm_rt import Pipeline, cli, engines
 from adm_rt.engines import onnx_engine
 from adm_rt.errors import CheckpointError, EngineError, MissingExtraError
 from adm_rt.export.manifest import MANIFEST_FILE, read_manifest
+from adm_rt.trajectory import choose_batch_size
 
 pytest.importorskip("onnxruntime", reason="needs onnxruntime: pip install 'adm_rt[onnx]'")
 pytest.importorskip("onnx", reason="needs onnx: pip install 'adm_rt[onnx]'")
@@ -363,6 +364,9 @@ def test_the_cuda_provider_where_there_is_one(folder, monkeypatch):
 
     engine = create("cuda:1")
     assert engine.device == "cuda:1"
+    with monkeypatch.context() as patch:  # a GPU's memory without a torch that could ask for it
+        patch.setitem(sys.modules, "torch", None)
+        assert choose_batch_size("auto", 3, engine, guided=True) == 3
     assert engine._unet._session.asked[0] == ("CUDAExecutionProvider", {"device_id": "1"})
     assert create("auto").device == "cuda:0" and create("cpu").device == "cpu"
     assert create("auto", driver=False).device == "cpu"

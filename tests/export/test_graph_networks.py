@@ -7,15 +7,19 @@ import pytest
 from graph_checks import BATCHES, LIMITS, assert_parity, session, torch_output, unet_inputs
 from tiny_models import tiny_network
 
+from adm_rt.export.classifier_graph import classifier_gradient_graph
+from adm_rt.export.initializers import initializer, is_weight, split_name
 from adm_rt.export.nodes import NODES
+from adm_rt.export.unet_graph import unet_graph
+from adm_rt.models import list_presets, preset
 from adm_rt.models.blocks import AttentionBlock, AttentionPool2d, FusedGroupNorm, ResBlock
+from adm_rt.models.checkpoint import empty_module
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
 from adm_rt.export import functions  # noqa: E402
 from adm_rt.export.exporter import LOSS_SCALES, export_model  # noqa: E402
-from adm_rt.export.initializers import initializer, is_weight  # noqa: E402
 
 UNETS = {
     "base": {"class_cond": False, "learn_sigma": False},
@@ -83,12 +87,23 @@ def test_float32_and_node_counts(case, guided, tmp_path):
     assert_parity(case, path, batches=batches)
     model = onnx.load(path)
     onnx.checker.check_model(model, full_check=True, check_custom_domain=False)
-    check_nodes(case, model)
+    check_nodes(case, [(n.domain, n.op_type) for n in model.graph.node])
 
 
-def check_nodes(network, model):
-    """Every normalisation and attention of the module is one node of ours."""
-    counts = collections.Counter(n.op_type for n in model.graph.node if n.domain == "adm_rt")
+@pytest.mark.parametrize("name", list_presets())
+def test_node_counts_of_the_released_models(name):
+    network = empty_module(preset(name))
+    made = classifier_gradient_graph if network.cfg.kind == "classifier" else unet_graph
+    graph = made(network.cfg, "float16")
+    check_nodes(network, [(o.domain, o.kind) for o in graph.operations])
+    used = {w for o in graph.operations for w in o.inputs if w in graph.weights}
+    assert used == set(graph.weights)
+    assert {split_name(w)[0] for w in used} == set(network.state_dict())
+
+
+def check_nodes(network, nodes):
+    """Every normalisation and attention of the module is one node of ours; nodes: (domain, op)."""
+    counts = collections.Counter(op for domain, op in nodes if domain == "adm_rt")
     modules = list(network.modules())
 
     def of(kind):
@@ -114,10 +129,9 @@ def check_nodes(network, model):
     assert by_op == {key: count for key, count in expected.items() if count}
     modulated = sum(count for name, count in counts.items() if NODES[name].options.get("modulated"))
     assert modulated == adaptive * (2 if network.cfg.kind == "classifier" else 1)
-    standard = {n.op_type for n in model.graph.node if not n.domain}
-    assert not standard & {"InstanceNormalization", "GroupNormalization", "LayerNormalization"}
-    softmaxes = sum(n.op_type == "Softmax" for n in model.graph.node)
-    assert softmaxes == (network.cfg.kind == "classifier")  # of the logits
+    standard = collections.Counter(op for domain, op in nodes if not domain)
+    assert not any("Normalization" in op for op in standard)
+    assert standard["Softmax"] == (network.cfg.kind == "classifier")  # of the logits
 
 
 @pytest.mark.parametrize("name", KINDS)

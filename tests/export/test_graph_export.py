@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 from graph_checks import assert_parity, session, unet_inputs
 from tiny_models import TINY_CLASSES, tiny_network
 
-from adm_rt.cli import main
+from adm_rt.cli import build_parser, main
 from adm_rt.errors import CheckpointError, MissingExtraError
 from adm_rt.export import manifest
 
@@ -121,7 +122,7 @@ def test_an_upsampler_is_exported(tiny_upsampler_folder, tmp_path):
 def test_export_needs_no_torch(tmp_path):
     code = (
         "import sys; sys.modules['torch'] = None\n"
-        "from adm_rt.cli import main\n"
+        "from adm_rt.cli import build_parser, main\n"
         f"sys.exit(main(['export', 'glyphs32', '--out', {str(tmp_path / 'out')!r}]))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
@@ -244,3 +245,20 @@ def test_the_manifest_is_plain_json_without_paths(exported):
     text = (exported / "manifest.json").read_text()
     assert json.loads(text)["format"] == "adm_rt export"
     assert "/" not in text
+
+
+PAGE = Path(__file__).parents[2] / "docs" / "export.md"
+
+
+@pytest.mark.skipif(not PAGE.exists(), reason="docs/ is not part of this installation")
+def test_the_page_has_our_nodes_and_commands_that_parse():
+    section = PAGE.read_text().split("## Export and run without PyTorch")[0]
+    rows = re.findall(r"^\| `(\w+)` \| (.*?) \|", section, re.MULTILINE)
+    ends = [re.findall(r"`(_\w+)`", cell) + ([""] if "none" in cell else []) for _, cell in rows]
+    for i in range(len(rows)):
+        ends[i] = ends[i] or ends[i - 1]  # "the same"
+    named = {name + end for (name, _), endings in zip(rows, ends) for end in endings}
+    assert named == set(nodes.NODES)
+    (command,) = re.findall(r"```bash\n(.*?)```", section, re.DOTALL)
+    program, name, *arguments = command.split()
+    assert program == "adm-rt" and build_parser(name).parse_args([name, *arguments])

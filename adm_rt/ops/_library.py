@@ -1,4 +1,4 @@
-"""The compiled extension and the ``torch.ops.adm_rt`` library, both opened on first use.
+"""The compiled extensions and the ``torch.ops.adm_rt`` library, all opened on first use.
 
 An op module keeps its registration in a function that calls ``define`` once per schema, so that
 importing ``adm_rt.ops`` imports neither torch nor the extension. ``register_torch_ops()`` makes
@@ -6,6 +6,7 @@ all of ``torch.ops.adm_rt.*`` exist at once, for programs that name the ops with
 (loading an exported graph, for one).
 """
 
+import contextlib
 import functools
 import importlib
 import threading
@@ -42,6 +43,28 @@ def extension_available():
 
 
 @functools.cache
+def cuda_extension():
+    """The module ``adm_rt._cuda``. Raises ImportError that says why there is none."""
+    try:
+        return importlib.import_module("adm_rt._cuda")
+    except ImportError as error:
+        raise ImportError(
+            f"x is a CUDA tensor and the CUDA kernels of adm_rt cannot be used ({error}): build "
+            "with `ADM_RT_CUDA=on pip install .` where nvcc is, move the tensors to the CPU, or "
+            "run inside `with adm_rt.ops.use_reference():`"
+        ) from error
+
+
+@contextlib.contextmanager
+def cuda_stream(tensor):
+    """Makes the tensor's device the current one and yields the handle of torch's stream on it."""
+    import torch
+
+    with torch.cuda.device(tensor.device):
+        yield torch.cuda.current_stream().cuda_stream
+
+
+@functools.cache
 def library():
     """The ``torch.library.Library`` that owns the namespace ``adm_rt``."""
     import torch
@@ -49,11 +72,12 @@ def library():
     return torch.library.Library("adm_rt", "DEF")
 
 
-def define(schema, *, cpu, fake):
+def define(schema, *, cpu, fake, cuda=None):
     """Register one op and return its ``OpOverload``; the same schema again returns the same one.
 
-    schema: "name(Tensor x, ...) -> Tensor"; cpu: the implementation on CPU tensors; fake: the same
-    signature on tensors without data (shapes, dtypes and strides only), for export and compile.
+    schema: "name(Tensor x, ...) -> Tensor"; cpu, cuda: the implementations on tensors of those
+    devices; fake: the same signature on tensors without data (shapes, dtypes and strides only), for
+    export and compile.
     """
     import torch
 
@@ -62,6 +86,8 @@ def define(schema, *, cpu, fake):
             name = library().define(schema, tags=(torch.Tag.pt2_compliant_tag,))
             name = name or schema.split("(")[0]
             library().impl(name, cpu, "CPU")
+            if cuda is not None:
+                library().impl(name, cuda, "CUDA")
             torch.library.register_fake(f"adm_rt::{name}", fake, lib=library())
             _overloads[schema] = getattr(torch.ops.adm_rt, name).default
         return _overloads[schema]

@@ -1,14 +1,13 @@
 """The op that ends every sampler step: x0, clip, guidance, linear update and noise in one pass."""
 
 import functools
-import importlib
 import math
 from typing import NamedTuple
 
 import numpy as np
 
 from adm_rt.ops._backend import reference_forced
-from adm_rt.ops._library import define, extension, library
+from adm_rt.ops._library import cuda_extension, cuda_stream, define, extension
 from adm_rt.ops.philox import STEP_NOISE, _word, as_seeds, philox_normal
 
 CLIPS = ("none", "static", "dynamic")  # the position is the code in C++
@@ -382,9 +381,7 @@ def register():
     The public function's arguments in order, coefficients as 18 floats; an absent state is an empty
     tensor. The public function checks; this trusts.
     """
-    op = define(_SCHEMA, cpu=_cpu, fake=_fake)
-    library().impl("guided_mean_update", _cuda, "CUDA")
-    return op
+    return define(_SCHEMA, cpu=_cpu, cuda=_cuda, fake=_fake)
 
 
 def _fake(x, model_output, coefficients, *arguments):
@@ -400,8 +397,7 @@ def _cuda(x, model_output, coefficients, *arguments):
     import torch
 
     module = cuda_extension()
-    with torch.cuda.device(x.device):
-        stream = torch.cuda.current_stream().cuda_stream
+    with cuda_stream(x) as stream:
         # Thresholds of dynamic clipping; the caching allocator orders its reuse by stream.
         limits = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
 
@@ -461,16 +457,3 @@ def _run(
     model_output = prepared(model_output, model_dtype)
     _call(run, x, model_output, coefficients, outputs, arguments, address, codes, address(seeds))
     return x_next, x0, state
-
-
-@functools.cache
-def cuda_extension():
-    """The module ``adm_rt._cuda``. Raises ImportError that says why there is none."""
-    try:
-        return importlib.import_module("adm_rt._cuda")
-    except ImportError as error:
-        raise ImportError(
-            f"x is a CUDA tensor and the CUDA kernels of adm_rt cannot be used ({error}): build "
-            "with `ADM_RT_CUDA=on pip install .` where nvcc is, move the tensors to the CPU, or "
-            "run inside `with adm_rt.ops.use_reference():`"
-        ) from error

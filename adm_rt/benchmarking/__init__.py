@@ -52,6 +52,12 @@ BENCHMARKS = {
         arguments.add_export,
         arguments.check_export,
     ),
+    "tensorrt": Benchmark(
+        "adm_rt.benchmarking.tensorrt",
+        "TensorRT engines against the torch engine on a GPU",
+        arguments.add_tensorrt,
+        arguments.check_tensorrt,
+    ),
     "train": Benchmark(
         "adm_rt.benchmarking.train",
         "a training step against the same network on plain torch operations",

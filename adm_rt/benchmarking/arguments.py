@@ -178,6 +178,50 @@ def check_export(args):
     _check_batches(args)
 
 
+def add_tensorrt(parser):
+    """``adm-rt bench tensorrt``."""
+    parser.add_argument("--json", metavar="FILE", help="also write the rows there")
+    parser.add_argument(
+        "--models",
+        default="64x64_diffusion",
+        metavar="NAME,NAME",
+        help="bench sample's models, with random weights (default: 64x64_diffusion)",
+    )
+    parser.add_argument("--batch", default="1,8", metavar="N,N", help="batch sizes (default: 1,8)")
+    parser.add_argument("--dtype", default="float16", help="float16 (default), bfloat16, float32")
+    parser.add_argument(
+        "--ops",
+        default="plugins,functions",
+        metavar="WHICH,WHICH",
+        help="our nodes as our kernels, as TensorRT's own operations (default: both)",
+    )
+    parser.add_argument("--steps", type=int, default=25, help="of a sample (default: 25)")
+    parser.add_argument("--rounds", type=int, default=9, help="samples of each (default: 9)")
+    parser.add_argument("--device", default="auto", help="cuda, cuda:N (default: the current one)")
+
+
+def check_tensorrt(args):
+    """Raises ValueError; sets ``args.batches``, and makes lists of ``models`` and ``ops``."""
+    from adm_rt.benchmarking.sampling_cases import MODELS
+    from adm_rt.engines.base import DTYPES
+
+    args.models, args.ops = args.models.split(","), args.ops.split(",")
+    for name in args.models:
+        if name not in MODELS:
+            raise ValueError(f"--models {name} is unknown; allowed: {', '.join(MODELS)}")
+    if args.dtype not in DTYPES:
+        raise ValueError(f"--dtype {args.dtype} is unknown; allowed: {', '.join(DTYPES)}")
+    if not set(args.ops) <= {"plugins", "functions"}:
+        raise ValueError(f"--ops {','.join(args.ops)}: allowed are plugins and functions")
+    if args.steps < 1 or args.rounds < 1:
+        raise ValueError(f"--steps {args.steps} and --rounds {args.rounds} must be at least 1")
+    parts = args.batch.split(",")
+    if not all(part.isdecimal() and int(part) for part in parts):
+        raise ValueError(f"--batch {args.batch}: give whole numbers from 1, such as 1,8")
+    args.batches = [int(part) for part in parts]
+    _check_file("--json", args.json)
+
+
 def add_train(parser):
     """``adm-rt bench train``."""
     add_output(parser)

@@ -48,6 +48,9 @@ class TorchGpu:
         """Bytes; torch aligns to 512, TensorRT wants 256."""
         return self.empty((max(1, size),), torch.uint8)
 
+    def synchronize(self):
+        torch.cuda.synchronize(self.torch_device)
+
     def capture(self, warm_up, function):
         """Run ``function()`` once on a stream of its own while CUDA records it.
 

@@ -28,6 +28,9 @@ class FakeGpu:
     def scratch(self, size):
         return torch.empty(size, dtype=torch.uint8)
 
+    def synchronize(self):
+        pass
+
     def capture(self, warm_up, function):
         if not self.can_capture:
             raise RuntimeError("operation not permitted when stream is capturing")

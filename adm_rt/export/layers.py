@@ -149,7 +149,8 @@ class NetworkGraph(GraphBuilder):
     def res_block(self, layer: Layer, x: Image) -> ResBlockValues:
         name = layer.name
         h, norm_in = self.norm(x, f"{name}.in_layers.0")
-        h = self.conv(self.resample(h, layer.resample), f"{name}.in_layers.2")
+        h = self.resample(h, layer.resample, f"{name}.in_layers")
+        h = self.conv(h, f"{name}.in_layers.2")
         modulation = self.linear_in_scope(self.embedding, f"{name}.emb_layers.1")
         if self.cfg.use_scale_shift_norm:
             h, norm_out = self.norm(h, f"{name}.out_layers.0", modulation)
@@ -267,11 +268,11 @@ class NetworkGraph(GraphBuilder):
         )
         return Image(y, outputs, x.height // stride, x.width // stride)
 
-    def resample(self, x: Image, how, scope=None) -> Image:
+    def resample(self, x: Image, how, scope) -> Image:
         """2x2 average (DOWN), nearest (UP), or x itself (KEEP)."""
         if how == KEEP:
             return x
-        with self.scope(scope or x.name.rpartition(".")[0]):
+        with self.scope(scope):
             if how == DOWN:
                 y = self.op("AveragePool", x.name, kernel_shape=[2, 2], strides=[2, 2])
                 return Image(y, x.channels, x.height // 2, x.width // 2)

@@ -4,15 +4,14 @@ import ctypes
 import functools
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from compilers import ROOT, cxx, find_nvcc
 
-ROOT = Path(__file__).resolve().parents[2]
 FOLDER = Path(__file__).resolve().parent
 # Without what AddressSanitizer sees as well and what makes g++ take minutes.
 SANITIZERS = (
@@ -22,10 +21,6 @@ SANITIZERS = (
     "-Og",
     "-g1",
 )
-
-
-def cxx():
-    return os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
 
 
 @pytest.fixture(scope="session")
@@ -126,9 +121,7 @@ def nvcc_report(tmp_path_factory):
 
     {80: (80, 86)} compiles to the PTX of sm_80 once and that for both. Skips where no nvcc is.
     """
-    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
-    candidates = (os.environ.get("CUDACXX"), shutil.which("nvcc"), f"{home}/bin/nvcc")
-    nvcc = next((path for path in candidates if path and Path(path).exists()), None)
+    nvcc = find_nvcc()
     if nvcc is None:
         pytest.skip("no nvcc: set CUDACXX or CUDA_HOME, or put it on PATH")
     output = tmp_path_factory.mktemp("nvcc") / "kernels.fatbin"

@@ -1,9 +1,11 @@
 """The emulator behind csrc/simt against what NumPy and the PTX ISA's tables say."""
 
 import ctypes
+import subprocess
 
 import numpy as np
 import pytest
+from compilers import ROOT, find_nvcc
 
 SCHEDULES = (0, 1, 2)  # forward, reverse, shuffled
 LANES = np.arange(32)
@@ -13,7 +15,7 @@ LANES = np.arange(32)
 def library(compile_emulated, request):
     """Once per way of switching fibers."""
     flags = ["-DADM_RT_EMULATOR_UCONTEXT"] if request.param == "ucontext" else []
-    return compile_emulated("emulator_probe.cpp", *flags, name=f"emulator_{request.param}")
+    return compile_emulated("simt_probe.cpp", *flags, name=f"emulator_{request.param}")
 
 
 @pytest.fixture(scope="module")
@@ -210,19 +212,14 @@ def test_launch_limits(probe, shape, message):
         probe("launch", x, y, z, threads, ctypes.c_size_t(shared), out)
 
 
-@pytest.fixture(scope="module")
-def convert(library):
-    def call(kind, values):
-        values = np.ascontiguousarray(values, np.float32)
-        out = np.empty_like(values)
-        pointers = [ctypes.c_void_p(array.ctypes.data) for array in (values, out)]
-        library.convert(kind, *pointers, values.size)
-        return out
-
-    return call
+def convert(probe, kind, values):
+    values = np.ascontiguousarray(values, np.float32)
+    out = np.empty_like(values)
+    probe("convert", kind, values, out, values.size)
+    return out
 
 
-def test_conversions_round_as_numpy_does(convert):
+def test_conversions_round_as_numpy_does(probe):
     halves = np.arange(65536, dtype=np.uint32).astype(np.uint16)
     with np.errstate(all="ignore"):
         all_halves = halves.view(np.float16).astype(np.float32)
@@ -235,25 +232,40 @@ def test_conversions_round_as_numpy_does(convert):
         between = (all_halves[:31743] + all_halves[1:31744]) / 2
         numbers = np.concatenate([numbers, between, np.nextafter(between, np.float32(np.inf))])
         expected = numbers.astype(np.float16).astype(np.float32)
-        np.testing.assert_array_equal(convert(0, numbers), expected)
+        np.testing.assert_array_equal(convert(probe, 0, numbers), expected)
         finite = numbers[~np.isnan(numbers)]
-        np.testing.assert_array_equal(convert(3, finite), finite.astype(np.float16))
+        np.testing.assert_array_equal(convert(probe, 3, finite), finite.astype(np.float16))
         word = finite.view(np.uint32).astype(np.uint64)
         rounded = ((word + 0x7FFF + (word >> 16 & 1)) >> 16 << 16).astype(np.uint32)
-    np.testing.assert_array_equal(convert(1, finite), rounded.view(np.float32))
-    np.testing.assert_array_equal(convert(4, finite), rounded.view(np.float32))
-    assert np.isnan(convert(1, [np.nan])).all() and np.isnan(convert(2, [np.nan])).all()
+    np.testing.assert_array_equal(convert(probe, 1, finite), rounded.view(np.float32))
+    np.testing.assert_array_equal(convert(probe, 4, finite), rounded.view(np.float32))
+    assert (
+        np.isnan(convert(probe, 1, [np.nan])).all() and np.isnan(convert(probe, 2, [np.nan])).all()
+    )
     # tf32: 10 bits of fraction, ties away from zero.
-    tf32 = convert(2, [1 + 2**-11, -1 - 2**-11, 1 + 2**-12, np.inf, 3.0])
+    tf32 = convert(probe, 2, [1 + 2**-11, -1 - 2**-11, 1 + 2**-12, np.inf, 3.0])
     assert tf32.tolist() == [1 + 2**-10, -1 - 2**-10, 1.0, np.inf, 3.0]
 
 
-def test_approximations(convert):
+def test_approximations(probe):
     x = np.linspace(-60, 60, 1001, dtype=np.float32)
-    np.testing.assert_allclose(convert(5, x), np.exp2(x.astype(np.float64)), rtol=3e-7)
+    np.testing.assert_allclose(convert(probe, 5, x), np.exp2(x.astype(np.float64)), rtol=3e-7)
     y = np.exp2(x)
-    np.testing.assert_allclose(convert(6, y), np.log2(y.astype(np.float64)), atol=1e-5)
-    np.testing.assert_allclose(convert(7, y), 1 / y.astype(np.float64), rtol=1e-7)
-    assert convert(5, [-np.inf, -130, 200]).tolist() == [0, 0, np.inf]
-    assert convert(6, [1e-40]).tolist() == [-np.inf]  # a subnormal is zero
-    assert convert(7, [np.inf, 0]).tolist() == [0, np.inf]
+    np.testing.assert_allclose(convert(probe, 6, y), np.log2(y.astype(np.float64)), atol=1e-5)
+    np.testing.assert_allclose(convert(probe, 7, y), 1 / y.astype(np.float64), rtol=1e-7)
+    assert convert(probe, 5, [-np.inf, -130, 200]).tolist() == [0, 0, np.inf]
+    assert convert(probe, 6, [1e-40]).tolist() == [-np.inf]  # a subnormal is zero
+    assert convert(probe, 7, [np.inf, 0]).tolist() == [0, np.inf]
+
+
+def test_the_cuda_side_compiles(tmp_path):
+    """The same probe by nvcc; tests/gpu runs it where there is a GPU."""
+    nvcc = find_nvcc()
+    if nvcc is None:
+        pytest.skip("no nvcc: set CUDACXX or CUDA_HOME, or put it on PATH")
+    command = [nvcc, "-x", "cu", "-std=c++17", "-O1", f"-I{ROOT / 'csrc'}", "-Werror=all-warnings"]
+    for arch in (80, 90):
+        command += ["-gencode", f"arch=compute_{arch},code=sm_{arch}"]
+    command += ["-c", "-o", str(tmp_path / "probe.o"), str(ROOT / "tests/cpp/simt_probe.cpp")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -1,6 +1,10 @@
-// What simt.h offers, one small kernel per thing, for test_emulator.py. C interface for ctypes;
-// functions return 0, or 1 with a message in error_text().
+// What simt.h offers, one small kernel per thing. C interface for ctypes; functions return 0, or 1
+// with a message in error_text(). Built by a plain C++ compiler for the emulator
+// (tests/cpp/test_emulator.py) and by nvcc for a GPU (tests/gpu/test_simt_on_gpu.py), where the
+// pointers are the device's and schedules mean nothing.
+#if !defined(__CUDACC__)
 #define ADM_RT_EMULATOR
+#endif
 #include <cstring>
 #include <exception>
 #include <string>
@@ -15,8 +19,12 @@ std::string error;
 
 template <class Run>
 int guarded(int schedule, unsigned seed, const Run& run) {
+#if defined(ADM_RT_EMULATOR)
   simt::Emulator::get().schedule = static_cast<simt::Schedule>(schedule);
   simt::Emulator::get().seed = seed;
+#else
+  static_cast<void>(schedule), static_cast<void>(seed);
+#endif
   try {
     run();
     return 0;
@@ -167,6 +175,44 @@ ADM_RT_KERNEL uninitialised_kernel(float* out) {
   out[simt::lane()] = tile[simt::lane()];
 }
 
+// Conversions of n numbers. kind: 0 float to half and back, 1 to bfloat16 and back, 2 to tf32, 3
+// and 4 by the pair functions, 5 exp2, 6 log2, 7 reciprocal.
+ADM_RT_KERNEL convert_kernel(int kind, const float* in, float* out, int n) {
+  using simt::BFloat16, simt::Half;
+  const int stride = static_cast<int>(simt::blocks_x() * simt::threads_x());
+  for (int i = static_cast<int>(simt::block_x() * simt::threads_x() + simt::thread_x()); i < n;
+       i += stride) {
+    float low, high;
+    switch (kind) {
+      case 0:
+        out[i] = simt::to_float(simt::from_float<Half>(in[i]));
+        break;
+      case 1:
+        out[i] = simt::to_float(simt::from_float<BFloat16>(in[i]));
+        break;
+      case 2:
+        out[i] = simt::float_of(simt::to_tf32(in[i]));
+        break;
+      case 3:
+        simt::unpack2<Half>(simt::pack2<Half>(in[i], -in[i]), &low, &high);
+        out[i] = low == -high ? low : NAN;
+        break;
+      case 4:
+        simt::unpack2<BFloat16>(simt::pack2<BFloat16>(in[i], -in[i]), &low, &high);
+        out[i] = low == -high ? low : NAN;
+        break;
+      case 5:
+        out[i] = simt::exp2_approx(in[i]);
+        break;
+      case 6:
+        out[i] = simt::log2_approx(in[i]);
+        break;
+      default:
+        out[i] = simt::rcp_approx(in[i]);
+    }
+  }
+}
+
 // The order in which the threads of the first block run: out [threads].
 ADM_RT_KERNEL order_kernel(uint32_t* place) {
   place[1 + simt::block_x() * simt::threads_x() + simt::thread_x()] = simt::atomic_add(place, 1);
@@ -256,40 +302,10 @@ int run_launch(unsigned x, unsigned y, unsigned z, unsigned threads, size_t shar
   });
 }
 
-// Conversions of n numbers. kind: 0 float to half and back, 1 to bfloat16 and back, 2 to tf32, 3
-// and 4 the 16 bits of the pair functions, 5 exp2, 6 log2, 7 reciprocal.
-void convert(int kind, const float* in, float* out, int n) {
-  using simt::BFloat16, simt::Half;
-  for (int i = 0; i < n; ++i) {
-    float low, high;
-    switch (kind) {
-      case 0:
-        out[i] = simt::to_float(simt::from_float<Half>(in[i]));
-        break;
-      case 1:
-        out[i] = simt::to_float(simt::from_float<BFloat16>(in[i]));
-        break;
-      case 2:
-        out[i] = simt::float_of(simt::to_tf32(in[i]));
-        break;
-      case 3:
-        simt::unpack2<Half>(simt::pack2<Half>(in[i], -in[i]), &low, &high);
-        out[i] = low == -high ? low : NAN;
-        break;
-      case 4:
-        simt::unpack2<BFloat16>(simt::pack2<BFloat16>(in[i], -in[i]), &low, &high);
-        out[i] = low == -high ? low : NAN;
-        break;
-      case 5:
-        out[i] = simt::exp2_approx(in[i]);
-        break;
-      case 6:
-        out[i] = simt::log2_approx(in[i]);
-        break;
-      default:
-        out[i] = simt::rcp_approx(in[i]);
-    }
-  }
+int run_convert(int kind, const float* in, float* out, int n) {
+  return guarded(0, 1, [&] {
+    simt::launch<convert_kernel>({"convert", 16, 1, 1, 32}, nullptr, kind, in, out, n);
+  });
 }
 
 }  // extern "C"

@@ -7,6 +7,8 @@ discretised Gaussian's -log p(x_0 | x_1), and the prior's KL(q(x_T | x_0) || N(0
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import torch
 
@@ -128,5 +130,9 @@ def _bar(progress, total):
     from tqdm import tqdm
 
     return tqdm(
-        total=total, desc="bits per dim", unit="pass", disable=not progress, mininterval=0.5
+        total=total,
+        desc="bits per dim",
+        unit="pass",
+        disable=not progress,
+        mininterval=0.5 if sys.stderr.isatty() else 30,  # a log file needs no animation
     )

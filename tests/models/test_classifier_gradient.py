@@ -156,7 +156,7 @@ def test_it_is_exported_and_the_graph_holds_our_ops():
     batch = torch.export.Dim("batch", min=1, max=64)
     with torch.no_grad():
         exported = torch.export.export(
-            network, (x, t, y), dynamic_shapes=({0: batch}, {0: batch}, {0: batch})
+            network, (x, t, y), dynamic_shapes=({0: batch}, {0: batch}, {0: batch}), strict=False
         )
         names = [str(node.target) for node in exported.graph.nodes]
         norms = sum("ada_group_norm_with_moments" in name for name in names)

@@ -265,7 +265,7 @@ def test_export_keeps_the_op():
 
     args = inputs((2, 64, 3, 5))
     with torch.no_grad():
-        program = torch.export.export(Norm(), args)
+        program = torch.export.export(Norm(), args, strict=False)
         assert "adm_rt.ada_group_norm" in str(program.graph)
         assert torch.equal(program.module()(*args), ops.ada_group_norm(*args))
 

@@ -49,6 +49,7 @@ def build_report():
         "torch": _torch,
         "cuda": _cuda,
         "engines": _engines,
+        "packed_weights": _packed_weights,
         "zoo": _zoo,
         "dependencies": _dependencies,
         "environment": _environment,
@@ -178,6 +179,12 @@ def _engines():
     }
 
 
+def _packed_weights():
+    from adm_rt.engines.packed_cache import cache_report
+
+    return cache_report()
+
+
 def _device_auto():
     from adm_rt.engines.torch_engine import resolve_device
 
@@ -191,7 +198,17 @@ def _zoo():
 
 
 def _dependencies():
-    names = ("numpy", "torch", "safetensors", "pillow", "tqdm", "matplotlib", "onnxruntime")
+    names = (
+        "numpy",
+        "torch",
+        "safetensors",
+        "pillow",
+        "tqdm",
+        "matplotlib",
+        "onnxruntime",
+        "tensorrt",
+        "tensorrt-rtx",
+    )
     return {name: _version(name) for name in names}
 
 

@@ -37,7 +37,7 @@ class TensorRTEngine:
     cached one of the same network is used for other weights without a build). ops: "plugins" runs
     our nodes with our kernels, "functions" as standard ops that TensorRT fuses itself; "auto" takes
     plugins where they can be loaded. graph: False runs the steps one by one, never as one CUDA
-    graph. library, gpu, cache: for tests.
+    graph. library, gpu, cache: for tests. One thread at a time.
 
     Raises MissingExtraError without TensorRT (naming the pip command), ValueError without a GPU,
     EngineError for what TensorRT says, OSError for a cache folder that cannot be written.
@@ -301,7 +301,7 @@ class _Network:
         scratch = self._gpu.scratch(engine.memory_bytes)
         engine.set_memory(scratch.data_ptr(), len(scratch))
         self._loaded.append((engine, scratch))
-        self._builder.sources.close()
+        self._builder.sources.done(self.name)
         return engine
 
 

@@ -27,7 +27,7 @@ class Sources:
 
     unet, classifier: both ``ExportedNetwork``, or both modules or ``ModelWeights`` (classifier may
     be None). dtype: of the networks; an exported folder's own, where ValueError names another.
-    ``close`` removes what was exported.
+    What was exported is removed when every network is ``done``, or by ``close``.
     """
 
     def __init__(self, unet, classifier, dtype):
@@ -51,6 +51,7 @@ class Sources:
             self._given = {name: ModelWeights.of(given) for name, given in self._given.items()}
         self._stack = contextlib.ExitStack()
         self._made = None  # the manifest of what was exported here
+        self._done = set()
 
     @property
     def names(self):
@@ -85,6 +86,12 @@ class Sources:
             export_model(unet, folder / "exported", classifier, dtype=self.dtype)
             self._made = read_manifest(folder / "exported")
         return getattr(self._made, name).path
+
+    def done(self, name):
+        """The engine of a network is there; another one may still be asked for."""
+        self._done.add(name)
+        if self._done == set(self._given):
+            self.close()
 
     def close(self):
         self._stack.close()

@@ -219,13 +219,15 @@ def test_modules_are_exported_once_and_only_for_a_build(ten, cache, exporter, tm
     engine = make(ten, networks, cache)
     assert exporter == []
     assert torch.allclose(engine.denoise(x, 1.0, y), expected(x, 1.0, y, 0.5))
+    assert torch.allclose(engine.classifier_gradient(x, 1.0, y), expected(x, 1.0, y, -0.1, 3))
     assert exporter == [("diffusion", True, "float16")]
+    assert engine._builder.sources._made is None  # what was exported is gone again
     make(ten, networks, cache).denoise(x, 1.0, y)
     assert len(exporter) == 1
     with torch.no_grad():
         next(networks[0].parameters()).add_(1)
     make(ten, networks, cache, dtype="float32").denoise(x, 1.0, y)
-    assert exporter[1:] == [("diffusion", True, "float32")] and len(builds(ten)) == 2
+    assert exporter[1:] == [("diffusion", True, "float32")] and len(builds(ten)) == 3
 
 
 def test_an_upsampler_gets_its_small_images(ten, cache, exporter):

@@ -39,6 +39,9 @@ void qkv_attention_backward_cuda(const QkvAttentionBackwardParams& params, QkvLa
   const QkvAttentionShape& s = params.shape;
   check_qkv_attention_cuda(s, layout);
   if (s.batch == 0) return;
+  ADM_RT_CHECK(params.grad != nullptr && params.qkv != nullptr && params.out != nullptr &&
+                   params.dqkv != nullptr,
+               "qkv_attention: null pointer");
   ADM_RT_CHECK(workspace != nullptr && params.stats != nullptr,
                "qkv_attention: the backward pass needs stats and a workspace of ",
                qkv_attention_backward_workspace(s), " bytes");

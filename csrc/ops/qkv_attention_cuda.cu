@@ -44,6 +44,7 @@ void qkv_attention_cuda(const QkvAttentionParams& params, QkvLayout layout, void
   const QkvAttentionShape& s = params.shape;
   check_qkv_attention_cuda(s, layout);
   if (s.batch == 0) return;
+  ADM_RT_CHECK(params.qkv != nullptr && params.out != nullptr, "qkv_attention: null pointer");
   QkvForwardArgs args;
   args.geometry = qkv_geometry(s, layout);
   args.geometry.wide = qkv_can_be_wide(s, layout, {params.qkv, params.out});

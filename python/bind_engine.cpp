@@ -18,6 +18,7 @@
 #include "common/thread_pool.h"
 #include "engine/arena.h"
 #include "engine/op.h"
+#include "engine/ops/thread_scratch.h"
 #include "engine/packed_weights.h"
 #include "engine/plan.h"
 
@@ -293,6 +294,7 @@ void bind_engine(py::module_& module) {
       .def("ops", &describe_ops, "One dict per op: op, shapes, flops of an image, packed_bytes.")
       .def_property_readonly("packed_bytes", &Plan::packed_bytes)
       .def("arena_bytes", &Plan::arena_bytes, arg("batch"))
+      .def_property_readonly("thread_bytes", &Plan::thread_bytes)
       .def("pack", &pack_op, arg("op"), arg("weights"), arg("blob"))
       .def("run", &run_plan, arg("batch"), arg("inputs"), arg("outputs").noconvert(), arg("blob"),
            arg("profile") = false,
@@ -307,4 +309,6 @@ void bind_engine(py::module_& module) {
   module.def("engine_ops", &adm_rt::engine::op_names, "Names of the ops of the native plan.");
   module.def("engine_arena_bytes", &adm_rt::engine::arena_bytes_held,
              "Bytes of all arenas of this process, free and in use.");
+  module.def("engine_scratch_bytes", &adm_rt::engine::thread_scratch_bytes_held,
+             "Bytes that the threads of this process keep as scratch memory of the ops.");
 }

@@ -211,7 +211,8 @@ def test_info_has_every_section_and_passes_its_self_test(capsys):
     assert main(["info", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     sections = (
-        "adm_rt system build cpu_kernels torch cuda engines zoo dependencies environment self_test"
+        "adm_rt system build cpu_kernels torch cuda engines packed_weights zoo dependencies "
+        "environment self_test"
     )
     assert list(report) == sections.split()
     assert report["adm_rt"]["version"] == adm_rt.__version__

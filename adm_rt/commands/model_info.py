@@ -85,10 +85,10 @@ def _planned(cfg):
     from adm_rt.engines.native_engine import planned_bytes
 
     try:
-        packed, per_image = planned_bytes(cfg)
+        planned = planned_bytes(cfg)
     except ImportError as error:  # no compiled extension
         return {"error": str(error)}
-    return {"packed_weights": round(packed / 1e6, 1), "per_image": round(per_image / 1e6, 1)}
+    return {what: round(count / 1e6, 1) for what, count in planned.items()}
 
 
 def _disk_bytes(path):

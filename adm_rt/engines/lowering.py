@@ -123,14 +123,21 @@ class LayerValues:
 class NetworkBuilder(PlanBuilder):
     """A plan of one network: its configuration, and the blocks of ADM as ops.
 
-    ``modulation`` is the input that the embedding plan's output goes to.
+    ``modulation`` is the input that the embedding plan's output goes to. fast: convolutions of
+    images of 64x64 and more in F(6x6), with fewer products and more rounding.
     """
 
-    def __init__(self, cfg: ModelConfig):
+    def __init__(self, cfg: ModelConfig, fast: bool = False):
         super().__init__(parameter_shapes(cfg))
-        self.cfg = cfg
+        self.cfg, self._fast = cfg, fast
         self.modulation = self.input("modulation", (1, 1, _width(cfg)))
         self._offsets = modulation_offsets(cfg)
+
+    def op(self, op, inputs, shape, **options):
+        """See ``PlanBuilder.op``."""
+        if op == "conv3x3":
+            options["fast"] = int(self._fast)
+        return super().op(op, inputs, shape, **options)
 
     def norm(self, name, x: tuple[Buffer, ...], modulated_by=None):
         """GroupNorm ``name`` over one or two maps as an affine map {1, 2, C}.
@@ -268,15 +275,15 @@ def _resampled(side, resample):
 # ---- the UNets ----
 
 
-def lower_unet(cfg: ModelConfig) -> LoweredPlan:
+def lower_unet(cfg: ModelConfig, fast: bool = False) -> LoweredPlan:
     """The body plan of a UNet or SuperResUNet.
 
     Inputs: x [3 * S * S] (NCHW), modulation [M] and, for an upsampler, low_res [3 * s * s].
-    Output: out [C * S * S], C 3 or 6.
+    Output: out [C * S * S], C 3 or 6. fast: see ``NetworkBuilder``.
     """
     if cfg.kind == "classifier":
         raise ValueError(f"kind={cfg.kind!r}: a UNet or an upsampler is needed")
-    builder = NetworkBuilder(cfg)
+    builder = NetworkBuilder(cfg, fast)
     side, channels = cfg.image_size, cfg.in_channels
     image = builder.input("x", (1, 1, channels * side * side))
     enlarged = None

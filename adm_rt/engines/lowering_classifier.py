@@ -35,13 +35,13 @@ def lower_classifier(cfg: ModelConfig) -> LoweredPlan:
     return builder.finish()
 
 
-def lower_classifier_gradient(cfg: ModelConfig) -> LoweredPlan:
+def lower_classifier_gradient(cfg: ModelConfig, fast: bool = False) -> LoweredPlan:
     """d log p(y | x_t) / d x_t (Dhariwal & Nichol 2021, section 4).
 
     Inputs: x [C * S * S] (NCHW), modulation [M], y [1] (a class as a float). Output: gradient
-    [C * S * S].
+    [C * S * S]. fast: see ``NetworkBuilder``.
     """
-    builder = _builder(cfg)
+    builder = _builder(cfg, fast)
     values = builder.forward()
     logits = {"logits": values.logits, "index": builder.input("y", (1, 1, 1))}
     grad = builder.op("log_softmax_gradient", logits, values.logits.shape)
@@ -62,10 +62,10 @@ class ClassifierValues:
     logits: Buffer
 
 
-def _builder(cfg):
+def _builder(cfg, fast=False):
     if cfg.kind != "classifier":
         raise ValueError(f"kind={cfg.kind!r}: a classifier is needed")
-    return ClassifierBuilder(cfg)
+    return ClassifierBuilder(cfg, fast)
 
 
 class ClassifierBuilder(NetworkBuilder):

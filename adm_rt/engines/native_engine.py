@@ -6,6 +6,7 @@ and in every run on one instruction set.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import OrderedDict
 
@@ -15,10 +16,15 @@ from adm_rt.engines.base import DTYPES, check_fit, check_images, check_labels, c
 from adm_rt.engines.lowering import lower_embedding, lower_unet
 from adm_rt.engines.lowering_classifier import lower_classifier_gradient
 from adm_rt.engines.memory import require_memory
-from adm_rt.engines.packed_cache import PackedPlans, packed_plans
+from adm_rt.engines.packed_cache import PackedPlans, is_on, packed_plans
 from adm_rt.models.model_weights import ModelWeights
 from adm_rt.ops._library import extension
 
+FAST_VARIABLE = "ADM_RT_FAST"
+_FAST_NOTE = (
+    "fast: 3x3 convolutions of 64x64 pixels and more are F(6x6), with about four times the usual "
+    "rounding error"
+)
 _MODULATION_BYTES = 32 << 20  # rows of the embedding plan that are kept per network
 
 
@@ -28,13 +34,16 @@ class NativeEngine:
     unet, classifier: ``ModelWeights`` or torch modules of this package (whose weights are copied:
     make a new engine after changing them). Engines of the same weights share their memory. Any
     number of threads may use one engine. Ctrl-C ends a call; the engine stays usable.
+
+    fast: larger Winograd tiles (F(6x6), Lavin & Gray 2016) on images of 64x64 and more: fewer
+    products, about four times the rounding error. None: whether ADM_RT_FAST is set to 1.
     """
 
     name = "native"
     device = "cpu"
     dtype = "float32"
 
-    def __init__(self, unet, classifier=None, device="cpu", dtype="float32"):
+    def __init__(self, unet, classifier=None, device="cpu", dtype="float32", fast=None):
         if device not in ("auto", "cpu"):
             raise ValueError(
                 f"device={device!r}: the native engine runs on 'cpu'; use engine='torch' for others"
@@ -48,8 +57,13 @@ class NativeEngine:
         self.notes = []
         if dtype not in ("auto", "float32"):
             self.notes.append(f"dtype={dtype} was asked for; float32 is used on the CPU")
-        self._unet = _Network(ModelWeights.of(unet))
-        self._classifier = None if classifier is None else _Network(ModelWeights.of(classifier))
+        fast = _fast(fast)
+        if fast:
+            self.notes.append(_FAST_NOTE)
+        self._unet = _Network(ModelWeights.of(unet), fast)
+        self._classifier = None
+        if classifier is not None:
+            self._classifier = _Network(ModelWeights.of(classifier), fast)
         for network in (self._unet, self._classifier):
             if network is not None and network.plans.note:
                 self.notes.append(network.plans.note)
@@ -119,36 +133,49 @@ class NativeEngine:
             ours.seconds = None
 
 
-def planned_bytes(cfg):
-    """(bytes of packed weights, bytes of memory per image) of a model, from its shapes alone."""
-    plans = _lower(cfg).values()
-    return (
-        sum(lowered.plan.packed_bytes for lowered in plans),
-        max(lowered.plan.arena_bytes(1) for lowered in plans),
-    )
+def planned_bytes(cfg, fast=None):
+    """Bytes of memory that a model takes, from its shapes alone.
+
+    -> {"packed_weights", "per_image" of a batch, "per_thread" at most}.
+    """
+    plans = [lowered.plan for lowered in _lower(cfg, _fast(fast)).values()]
+    return {
+        "packed_weights": sum(plan.packed_bytes for plan in plans),
+        "per_image": max(plan.arena_bytes(1) for plan in plans),
+        "per_thread": max(plan.thread_bytes for plan in plans),
+    }
 
 
-def _lower(cfg):
+def _lower(cfg, fast):
     lower_body = lower_classifier_gradient if cfg.kind == "classifier" else lower_unet
-    return {"embedding": lower_embedding(cfg), "body": lower_body(cfg)}
+    return {"embedding": lower_embedding(cfg), "body": lower_body(cfg, fast)}
+
+
+def _fast(wanted):
+    return is_on(os.environ.get(FAST_VARIABLE, "")) if wanted is None else bool(wanted)
 
 
 class _Network:
     """The two plans of one network: (t, y) -> modulation, and the body."""
 
-    def __init__(self, model: ModelWeights):
+    def __init__(self, model: ModelWeights, fast: bool):
         self.cfg = model.cfg
-        self.plans = packed_plans(model, lambda: _lower(model.cfg))
+        self.plans = packed_plans(model, lambda: _lower(model.cfg, fast))
         self.modulations = _Modulations(self.plans)
         self.seconds = None  # filled with the time of each op when it is a list
 
     def arena_bytes(self, batch):
         return max(plan.arena_bytes(batch) for plan in self.plans.plans.values())
 
+    def _scratch_bytes(self):
+        """What the threads' scratch memory may still grow by."""
+        most = extension().num_threads() * max(p.thread_bytes for p in self.plans.plans.values())
+        return max(0, most - extension().engine_scratch_bytes())
+
     def run(self, inputs, t, labels, outputs):
         batch = len(inputs["x"])
         require_memory(
-            self.arena_bytes(batch) - extension().engine_arena_bytes(),
+            self.arena_bytes(batch) + self._scratch_bytes() - extension().engine_arena_bytes(),
             f"a batch of {batch} images",
             "; use a smaller batch_size",
         )

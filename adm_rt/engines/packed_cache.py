@@ -4,16 +4,19 @@ A cache file is a header of JSON and the blobs of a model's plans, each from a p
 name is a hash of everything that decides its bytes: the weights' digest, the configuration, the ops
 and their sizes, the instruction set, the version of the packed format. It is written beside its
 place and renamed, read by mapping it, and checked by a checksum of every blob; one that is damaged
-is made again.
+is made again. Together the files take ``limit_bytes()`` at most: those that were not used for
+longest make room for a new one. (A process that has mapped one keeps it.)
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import tempfile
 import threading
+import time
 import weakref
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,11 +29,15 @@ from adm_rt.ops._library import extension
 # To be raised when an op packs its weights in another way without needing another number of bytes.
 PACK_VERSION = 1
 CACHE_VARIABLE = "ADM_RT_CACHE"
+LIMIT_VARIABLE = "ADM_RT_CACHE_GB"
+DEFAULT_LIMIT_GB = 20.0
 MIN_CACHED_BYTES = 32 << 20  # packing less than this takes no time
 
 _PAGE = 4096
 _MAX_HEADER = 1 << 16
 _OFF = ("", "off", "0", "no", "none", "false")
+_SUFFIX, _UNFINISHED = ".packed", ".tmp"
+_ABANDONED_SECONDS = 86400  # nobody writes a file for a day
 
 _packed: weakref.WeakValueDictionary[str, PackedPlans] = weakref.WeakValueDictionary()
 _lock = threading.RLock()
@@ -72,13 +79,44 @@ def packed_plans(model: ModelWeights, lower) -> PackedPlans:
         return found
 
 
+def is_on(text):
+    """Whether the value of an environment variable means yes."""
+    return text.strip().lower() not in _OFF
+
+
 def cache_folder() -> Path | None:
     """Where packed weights are kept: ADM_RT_CACHE, else in the user's cache; None when off."""
     given = os.environ.get(CACHE_VARIABLE)
     if given is not None:
-        return None if given.strip().lower() in _OFF else Path(given).expanduser()
+        return Path(given).expanduser() if is_on(given) else None
     base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     return Path(base) / "adm_rt"
+
+
+def limit_bytes() -> int:
+    """What the files may take together: ADM_RT_CACHE_GB, else 20 GB. ValueError for no number."""
+    text = os.environ.get(LIMIT_VARIABLE, "").strip() or str(DEFAULT_LIMIT_GB)
+    try:
+        limit = float(text)
+        if not 0 <= limit < 1e9:
+            raise ValueError
+    except ValueError:
+        raise ValueError(f"{LIMIT_VARIABLE}={text!r}: give gigabytes, such as 20 or 2.5") from None
+    return int(limit * 1e9)
+
+
+def cache_report():
+    """JSON-ready facts for ``adm-rt info``."""
+    folder = cache_folder()
+    if folder is None:
+        return {"folder": None, "why": f"{CACHE_VARIABLE}={os.environ[CACHE_VARIABLE]}"}
+    files = _files(folder)
+    return {
+        "folder": str(folder),
+        "files": len(files),
+        "GB": round(sum(status.st_size for _, status in files) / 1e9, 2),
+        "limit_GB": round(limit_bytes() / 1e9, 2),
+    }
 
 
 def _key(model, plans):
@@ -90,7 +128,8 @@ def _key(model, plans):
 def _load_or_pack(model, key, plans):
     total = sum(lowered.plan.packed_bytes for lowered in plans.values())
     folder = cache_folder() if total >= MIN_CACHED_BYTES else None
-    path = None if folder is None else folder / f"{key[:40]}.packed"
+    path = None if folder is None else folder / f"{key[:40]}{_SUFFIX}"
+    limit = limit_bytes()
     if path is not None:
         blobs = _read(path, key, plans)
         if blobs is not None:
@@ -104,7 +143,11 @@ def _load_or_pack(model, key, plans):
     del weights
     if path is None:
         return PackedPlans(plans, blobs, "")
+    if total > limit:
+        note = f"packed weights are not kept: {total / 1e9:.2f} GB are over {LIMIT_VARIABLE}"
+        return PackedPlans(plans, blobs, note)
     try:
+        _make_room(folder, limit - total, path)
         _write(path, key, blobs)
     except OSError as error:
         note = f"packed weights could not be kept in {folder}: {error.strerror or error}"
@@ -115,8 +158,37 @@ def _load_or_pack(model, key, plans):
 def _note(path, total):
     return (
         f"packed weights take {total / 1e9:.2f} GB in {path.parent} ({CACHE_VARIABLE}=off keeps "
-        "none, a folder moves them)"
+        f"none, a folder moves them; {LIMIT_VARIABLE} bounds all of them)"
     )
+
+
+# ---- the folder ----
+
+
+def _files(folder, suffix=_SUFFIX):
+    """(path, status) of the files there, the least recently used first."""
+    found = []
+    for path in folder.glob(f"*{suffix}"):
+        try:
+            found.append((path, path.stat()))
+        except OSError:  # gone meanwhile
+            continue
+    return sorted(found, key=lambda file: file[1].st_mtime)
+
+
+def _make_room(folder, room, path):
+    """Delete files until the others than ``path`` take ``room`` bytes, and what was never
+    finished."""
+    for unfinished, status in _files(folder, _UNFINISHED):
+        if time.time() - status.st_mtime > _ABANDONED_SECONDS:
+            unfinished.unlink(missing_ok=True)
+    files = [(other, status.st_size) for other, status in _files(folder) if other != path]
+    taken = sum(size for _, size in files)
+    for other, size in files:
+        if taken <= room:
+            return
+        other.unlink(missing_ok=True)
+        taken -= size
 
 
 # ---- the file ----
@@ -135,7 +207,7 @@ def _write(path, key, blobs):
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     places, size = _layout({name: blob.nbytes for name, blob in blobs.items()})
     header = {"key": key, "checksums": {name: blob.checksum() for name, blob in blobs.items()}}
-    handle, temporary = tempfile.mkstemp(prefix=".", suffix=".tmp", dir=path.parent)  # mode 0600
+    handle, temporary = tempfile.mkstemp(prefix=".", suffix=_UNFINISHED, dir=path.parent)  # 0600
     try:
         with open(handle, "wb") as file:
             file.write(json.dumps(header).encode())
@@ -169,4 +241,8 @@ def _read(path, key, plans):
         checksums = {name: blob.checksum() for name, blob in blobs.items()}
     except (OSError, ValueError, RuntimeError):
         return None
-    return blobs if checksums == header.get("checksums") else None
+    if checksums != header.get("checksums"):
+        return None
+    with contextlib.suppress(OSError):  # a folder that is read-only
+        os.utime(path)
+    return blobs

@@ -109,6 +109,8 @@ class Op {
     (void)batch;
     return 0;
   }
+  // What each thread that runs the op takes beside that, at most (engine/ops/thread_scratch.h).
+  virtual int64_t thread_floats() const { return 0; }
   // May be called from several threads at a time, on different buffers; uses parallel_for inside.
   // It may be left by an exception of parallel_for, when the user interrupts.
   virtual void run(const RunContext& context) const = 0;

@@ -159,6 +159,12 @@ size_t Plan::arena_bytes(int64_t batch) const {
   return (arena_floats_ * static_cast<size_t>(batch) + scratch_floats(batch)) * sizeof(float);
 }
 
+size_t Plan::thread_bytes() const {
+  int64_t most = 0;
+  for (const Node& node : nodes_) most = std::max(most, node.op->thread_floats());
+  return static_cast<size_t>(most) * sizeof(float);
+}
+
 void Plan::check_weights(int op, const OpArguments::WeightShapes& shapes) const {
   ADM_RT_CHECK(op >= 0 && op < op_count(), "op ", op, " is not in [0, ", op_count(), ")");
   const OpArguments& arguments = nodes_[static_cast<size_t>(op)].arguments;

@@ -40,6 +40,7 @@ class Plan {
   // After finish().
   size_t packed_bytes() const;
   size_t arena_bytes(int64_t batch) const;  // buffers and scratch of a run
+  size_t thread_bytes() const;              // scratch of each thread of a run, at most
   // Throws unless `shapes` are the ones that the op was added with.
   void check_weights(int op, const OpArguments::WeightShapes& shapes) const;
   // Packs one op's raw weights into its place in `blob`; several threads may pack different ops.

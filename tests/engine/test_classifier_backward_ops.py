@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from op_checks import C, check_op, random_array
+from op_checks import C, OpCase, check_cases, check_op, check_shapes, random_array
 
 from adm_rt.ops import reference
 
@@ -51,29 +51,21 @@ def test_attention_backward(case, order):
     check_op("attention_backward", inputs, outputs, exact, plain, attributes, slack=2e-6)
 
 
+def random_attention(rng):
+    tokens = int(rng.integers(1, 200 if rng.integers(25) == 0 else 50))
+    case = (
+        int(rng.integers(1, 4)),
+        tokens,
+        int(rng.integers(1, tokens + 1)),
+        int(rng.integers(1, 4)),
+        int(rng.integers(1, 72 if rng.integers(25) == 0 else 36)),
+    )
+    inputs, outputs, attributes, exact, plain = attention_case(*case, ORDERS[int(rng.integers(2))])
+    return OpCase(inputs, outputs, exact, plain, attributes)
+
+
 def test_attention_backward_random_shapes():
-    rng = np.random.default_rng(SEED)
-    for i in range(240):
-        tokens = int(rng.integers(1, 220 if i < 12 else 60))
-        case = (
-            int(rng.integers(1, 4)),
-            tokens,
-            int(rng.integers(1, tokens + 1)),
-            int(rng.integers(1, 4)),
-            int(rng.integers(1, 72 if i < 12 else 36)),
-        )
-        arguments = attention_case(*case, ORDERS[int(rng.integers(2))])
-        inputs, outputs, attributes, exact, plain = arguments
-        check_op(
-            "attention_backward",
-            inputs,
-            outputs,
-            exact,
-            plain,
-            attributes,
-            slack=2e-6,
-            threads=(1, 3),
-        )
+    check_shapes("attention_backward", random_attention, seed=SEED, slack=2e-6)
 
 
 def test_saturated_attention():
@@ -93,18 +85,28 @@ def test_attention_backward_bad_arguments(attributes, message):
         C.run_engine_op("attention_backward", inputs, outputs, attributes)
 
 
+def log_softmax_case(rng, classes=None, scale=None):
+    classes = classes or int(rng.integers(1, 600))
+    scale = scale or float(rng.choice([1.0, 40.0]))
+    count = int(rng.integers(1, 5))
+    logits = random_array(rng, count, 1, 1, classes, scale=scale, shift=5.0)
+    index = rng.integers(0, classes, size=count)
+    wide = torch.from_numpy(logits[:, 0, 0]).double().requires_grad_(True)
+    chosen = torch.log_softmax(wide, -1)[torch.arange(count), torch.from_numpy(index)].sum()
+    exact = {"y": torch.autograd.grad(chosen, wide)[0].numpy()}
+    inputs = {"logits": logits, "index": index.astype(np.float32).reshape(count, 1, 1, 1)}
+    return OpCase(inputs, {"y": (1, 1, classes)}, exact)
+
+
 @pytest.mark.parametrize("classes", [1, 2, 10, 1000])
 @pytest.mark.parametrize("scale", [1.0, 40.0])
 def test_log_softmax_gradient(classes, scale):
-    rng = np.random.default_rng(SEED)
-    logits = random_array(rng, 4, 1, 1, classes, scale=scale, shift=5.0)
-    index = rng.integers(0, classes, size=4)
-    wide = torch.from_numpy(logits[:, 0, 0]).double().requires_grad_(True)
-    chosen = torch.log_softmax(wide, -1)[torch.arange(4), torch.from_numpy(index)].sum()
-    exact = {"y": torch.autograd.grad(chosen, wide)[0].numpy()}
-    inputs = {"logits": logits, "index": index.astype(np.float32).reshape(4, 1, 1, 1)}
-    outputs = {"y": (1, 1, classes)}
-    check_op("log_softmax_gradient", inputs, outputs, exact, slack=3e-7)
+    case = log_softmax_case(np.random.default_rng(SEED), classes, scale)
+    check_cases("log_softmax_gradient", [case], slack=3e-7)
+
+
+def test_log_softmax_gradient_random_shapes():
+    check_shapes("log_softmax_gradient", log_softmax_case, seed=SEED, slack=3e-7)
 
 
 @pytest.mark.parametrize("index", [-1.0, 5.0, 1.5, np.nan])
@@ -117,21 +119,48 @@ def test_log_softmax_gradient_of_no_class(index):
         C.run_engine_op("log_softmax_gradient", inputs, {"y": (1, 1, 5)})
 
 
-def test_relu_backward():
-    rng = np.random.default_rng(SEED)
-    x, grad = random_array(rng, 3, 1, 1, 2048), random_array(rng, 3, 1, 1, 2048)
+def relu_case(rng, shape=None):
+    shape = shape or tuple(int(rng.integers(1, high)) for high in (4, 6, 6, 300))
+    x, grad = random_array(rng, *shape), random_array(rng, *shape)
     x[:, :, :, ::7] = 0.0
-    exact = {"y": np.where(x > 0, grad, 0)}
-    check_op("relu_backward", {"x": x, "grad": grad}, {"y": (1, 1, 2048)}, exact, slack=0)
+    return OpCase({"x": x, "grad": grad}, {"y": shape[1:]}, {"y": np.where(x > 0, grad, 0)})
 
 
-@pytest.mark.parametrize("height, width, channels", [(8, 8, 512), (3, 5, 7), (1, 1, 1)])
-def test_attention_pool_tokens_backward(height, width, channels):
-    rng = np.random.default_rng(SEED)
+def test_relu_backward():
+    check_cases("relu_backward", [relu_case(np.random.default_rng(SEED), (3, 1, 1, 2048))], slack=0)
+
+
+def test_relu_backward_random_shapes():
+    check_shapes("relu_backward", relu_case, seed=SEED, slack=0)
+
+
+def tokens_case(rng, shape=None):
+    height, width, channels = shape or (int(rng.integers(1, high)) for high in (8, 8, 90))
     grad = random_array(rng, 3, 1, height * width + 1, channels)
     exact = grad[:, :, 1:].astype(np.float64) + grad[:, :, :1].astype(np.float64) / (height * width)
-    outputs = {"y": (height, width, channels)}
-    check_op("attention_pool_tokens_backward", {"grad": grad}, outputs, {"y": exact}, slack=3e-7)
+    return OpCase({"grad": grad}, {"y": (height, width, channels)}, {"y": exact})
+
+
+@pytest.mark.parametrize("shape", [(8, 8, 512), (3, 5, 7), (1, 1, 1)])
+def test_attention_pool_tokens_backward(shape):
+    case = tokens_case(np.random.default_rng(SEED), shape)
+    check_cases("attention_pool_tokens_backward", [case], slack=3e-7)
+
+
+def test_attention_pool_tokens_backward_random_shapes():
+    check_shapes("attention_pool_tokens_backward", tokens_case, seed=SEED, slack=3e-7)
+
+
+def zero_insert_case(rng):
+    batch, height, width, channels = (int(rng.integers(1, high)) for high in (4, 8, 8, 60))
+    x = random_array(rng, batch, height, width, channels)
+    exact = np.zeros((batch, 2 * height, 2 * width, channels))
+    exact[:, ::2, ::2] = x
+    return OpCase({"x": x}, {"y": exact.shape[1:]}, {"y": exact})
+
+
+def test_zero_insert_random_shapes():
+    check_shapes("zero_insert", zero_insert_case, seed=SEED, slack=0)
 
 
 @pytest.mark.parametrize("height, width, channels", [(16, 16, 96), (3, 5, 7), (1, 1, 1)])

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from op_checks import C, check_op, random_array
+from op_checks import C, OpCase, check_op, check_shapes, random_array
 
 SEED = 612
 
@@ -60,6 +60,35 @@ def test_against_torch(c1, c2, groups, mode):
     error = np.abs(a.astype(np.float32) * x + b - exact).max()
     assert error <= 2 * np.abs(plain - exact).max() + 1e-6
     check_op("group_norm", inputs, outputs, {"affine": affine}, None, attributes, weights)
+
+
+def random_case(rng):
+    """Judged by the formula of the affine map itself."""
+    groups, mode, batch = (int(n) for n in rng.integers((1, 0, 1), (7, 3, 4)))
+    channels = groups * int(rng.integers(1, 40))
+    c2 = int(rng.integers(0, channels))
+    _, inputs, attributes, weights = make_case(batch, channels - c2, c2, groups, mode)
+    stats = [inputs[key].astype(np.float64) for key in ("stats", "stats2") if key in inputs]
+    mean, variance = np.concatenate(stats, axis=-1)[:, 0].transpose(1, 0, 2)
+    scale, shift = np.zeros((2, batch, channels))
+    if mode:
+        row = inputs["modulation"][:, 0, 0, attributes["offset"] :].astype(np.float64)
+        scale, shift = (row[:, i * channels :][:, :channels] for i in (0, mode % 2))
+    added = shift if mode == 2 else 0.0
+    mean = (mean + added).reshape(batch, groups, -1)
+    of_group = mean.mean(-1, keepdims=True)
+    spread = variance.reshape(mean.shape) + (mean - of_group) ** 2
+    slope = (spread.mean(-1, keepdims=True) + attributes["eps"]) ** -0.5 * np.ones_like(mean)
+    a = slope.reshape(batch, channels) * weights["weight"]
+    b = weights["bias"] + a * (added - (of_group + 0 * mean).reshape(batch, channels))
+    if mode == 1:
+        a, b = a * (1 + scale), b * (1 + scale) + shift
+    exact = {"affine": np.stack([a, b], axis=1)}
+    return OpCase(inputs, {"affine": (1, 2, channels)}, exact, None, attributes, weights)
+
+
+def test_random_shapes():
+    check_shapes("group_norm", random_case, seed=SEED)
 
 
 @pytest.mark.parametrize("mode", [0, 1, 2])

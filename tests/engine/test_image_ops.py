@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from op_checks import C, check_op, random_array, run
+from op_checks import C, OpCase, check_cases, check_op, check_shapes, random_array, run
 
 from adm_rt.models.blocks import timestep_embedding
 
@@ -41,6 +41,23 @@ def test_layout(shape):
     check_op("to_nchw", {"x": x}, {"y": (1, 1, c * h * w)}, {"y": flat}, slack=0)
 
 
+def layout_case(rng):
+    batch, h, w, c = (int(rng.integers(1, high)) for high in (4, 12, 12, 20))
+    x = random_array(rng, batch, h, w, c)
+    return OpCase({"x": x}, {"y": (1, 1, c * h * w)}, {"y": planes(x)})
+
+
+def inverse_layout_case(rng):
+    case = layout_case(rng)
+    flat = {"x": case.exact["y"]}
+    return OpCase(flat, {"y": case.inputs["x"].shape[1:]}, {"y": case.inputs["x"]})
+
+
+def test_layout_random_shapes():
+    check_shapes("to_nchw", layout_case, slack=0)
+    check_shapes("to_nhwc", inverse_layout_case, slack=0)
+
+
 @pytest.mark.parametrize("channels", [(1,), (5, 3), (192, 1, 384), (64, 64, 64, 64)], ids=str)
 @pytest.mark.parametrize("pixels", [(1, 1), (3, 5), (32, 16)], ids=str)
 def test_concat(channels, pixels):
@@ -48,6 +65,18 @@ def test_concat(channels, pixels):
     inputs = {f"x{i}": random_array(rng, 2, *pixels, c) for i, c in enumerate(channels)}
     y = np.concatenate(list(inputs.values()), axis=-1)
     check_op("concat", inputs, {"y": (*pixels, sum(channels))}, {"y": y}, slack=0)
+
+
+def concat_case(rng):
+    batch, h, w = (int(n) for n in rng.integers(1, (4, 8, 8)))
+    channels = rng.integers(1, 50, size=int(rng.integers(1, 6)))
+    inputs = {f"x{i}": random_array(rng, batch, h, w, int(c)) for i, c in enumerate(channels)}
+    y = np.concatenate(list(inputs.values()), axis=-1)
+    return OpCase(inputs, {"y": y.shape[1:]}, {"y": y})
+
+
+def test_concat_random_shapes():
+    check_shapes("concat", concat_case, slack=0)
 
 
 @pytest.mark.parametrize("dim", [2, 3, 32, 128, 192, 257])
@@ -63,6 +92,45 @@ def test_timestep_embedding(dim):
     # A difference of one ulp in a frequency is 6e-5 in an angle of 1000, but rare.
     ours = run("timestep_embedding", {"t": t}, outputs)["out"].reshape(plain.shape)
     assert np.quantile(np.abs(ours - plain), 0.9) < 5e-7 and np.abs(ours - plain).max() < 2e-4
+
+
+@pytest.mark.parametrize("dim", [32, 64, 128, 192, 256, 512])
+def test_timestep_embedding_of_the_models_has_the_angles_of_torch(dim):
+    """One frequency that is rounded otherwise weighs more than a whole network's rounding."""
+    t = np.array([1, 20.5, 417.25, 900, 999], np.float32)
+    plain = timestep_embedding(torch.from_numpy(t), dim).numpy()
+    outputs = {"out": (1, 1, dim)}
+    ours = run("timestep_embedding", {"t": t.reshape(-1, 1, 1, 1)}, outputs)["out"]
+    np.testing.assert_allclose(ours.reshape(plain.shape), plain, rtol=0, atol=2e-7)
+
+
+def timestep_case(rng):
+    """Small timesteps, whose angles float32 rounds by little."""
+    batch, dim = int(rng.integers(1, 6)), int(rng.integers(2, 400))
+    t = (8 * rng.random((batch, 1))).astype(np.float32)
+    angles = t.astype(np.float64) * 10000.0 ** (-np.arange(dim // 2) / (dim // 2))
+    exact = [np.cos(angles), np.sin(angles), np.zeros((batch, dim % 2))]
+    out = {"out": np.concatenate(exact, axis=1)}
+    return OpCase({"t": t[:, :, None, None]}, {"out": (1, 1, dim)}, out)
+
+
+def test_timestep_embedding_random_shapes():
+    check_shapes("timestep_embedding", timestep_case, slack=3e-6)
+
+
+def lookup_case(rng):
+    batch, rows, width = (int(n) for n in rng.integers(1, (6, 30, 80)))
+    table, index = random_array(rng, rows, width), rng.integers(0, rows, batch)
+    inputs = {"index": index.astype(np.float32).reshape(-1, 1, 1, 1)}
+    exact = table[index].astype(np.float64)
+    if rng.integers(2):
+        inputs["add"] = random_array(rng, batch, 1, 1, width)
+        exact = exact + inputs["add"].reshape(exact.shape)
+    return OpCase(inputs, {"y": (1, 1, width)}, {"y": exact}, weights={"table": table})
+
+
+def test_embedding_lookup_random_shapes():
+    check_shapes("embedding_lookup", lookup_case, slack=1e-7)
 
 
 @pytest.mark.parametrize("add", [False, True])
@@ -100,12 +168,22 @@ def test_embedding_lookup_outside_the_table(index):
     ids=str,
 )
 def test_bilinear_upsample(shape, size):
-    x = random_array(rng_for(*shape), *shape)
+    check_cases("bilinear_upsample", [bilinear_case(rng_for(*shape), shape, size)])
+
+
+def bilinear_case(rng, shape=None, size=None):
+    shape = shape or tuple(int(n) for n in rng.integers(1, (4, 9, 9, 20)))
+    size = size or tuple(int(n) for n in rng.integers(1, 20, size=2))
+    x = random_array(rng, *shape)
     exact, plain = (
         {"y": nhwc(F.interpolate(nchw(x, dtype), size, mode="bilinear"))}
         for dtype in (torch.float64, torch.float32)
     )
-    check_op("bilinear_upsample", {"x": x}, {"y": (*size, shape[3])}, exact, plain)
+    return OpCase({"x": x}, {"y": (*size, shape[3])}, exact, plain)
+
+
+def test_bilinear_upsample_random_shapes():
+    check_shapes("bilinear_upsample", bilinear_case)
 
 
 def convolution(inputs, weights, stride, dtype):
@@ -119,8 +197,13 @@ def convolution(inputs, weights, stride, dtype):
     return {"y": y, "stats": stats}
 
 
-def check_convolution(name, shape, channels2, out_channels, bias=True, as_planes=False):
+def check_convolution(name, shape, channels2, out_channels, **options):
     rng = rng_for(*shape, channels2, out_channels)
+    case = convolution_case(rng, name, shape, channels2, out_channels, **options)
+    check_cases(name, [case], slack=2e-6)
+
+
+def convolution_case(rng, name, shape, channels2, out_channels, bias=True, as_planes=False):
     stride = 2 if name == "conv3x3_stride2" else 1
     images = [random_array(rng, *shape)]
     if channels2:
@@ -133,15 +216,30 @@ def check_convolution(name, shape, channels2, out_channels, bias=True, as_planes
     inputs = {"x": planes(images[0]) if as_planes else images[0]}
     if channels2:
         inputs["x2"] = images[1]
-    check_op(
-        name,
+    return OpCase(
         inputs,
         {"y": (height, width, out_channels), "stats": (1, 2, out_channels)},
         convolution(images, weights, stride, torch.float64),
         convolution(images, weights, stride, torch.float32),
         weights=weights,
-        slack=2e-6,
     )
+
+
+def random_stem(rng):
+    *shape, channels, channels2, out = (int(n) for n in rng.integers(1, (4, 14, 14, 7, 5, 50)))
+    options = {"bias": bool(rng.integers(2)), "as_planes": bool(rng.integers(2))}
+    channels2 *= int(rng.integers(2))
+    return convolution_case(rng, "conv_stem", (*shape, channels), channels2, out, **options)
+
+
+def random_stride2(rng):
+    *shape, out = (int(n) for n in rng.integers(1, (4, 14, 14, 40, 50)))
+    return convolution_case(rng, "conv3x3_stride2", tuple(shape), 0, out, bool(rng.integers(2)))
+
+
+def test_convolution_random_shapes():
+    check_shapes("conv_stem", random_stem, slack=2e-6)
+    check_shapes("conv3x3_stride2", random_stride2, slack=2e-6)
 
 
 @pytest.mark.parametrize("as_planes", [False, True])
@@ -181,8 +279,8 @@ def test_conv3x3_stride2(shape, out_channels):
 POOL_SHAPES = [(2, 8, 8, 512), (1, 64, 64, 40), (3, 1, 1, 7), (2, 4, 3, 33), (1, 13, 11, 1)]
 
 
-def pool_case(shape, affine, activation):
-    rng = rng_for(*shape, affine, activation)
+def pool_case(shape, affine, activation, rng=None):
+    rng = rng or rng_for(*shape, affine, activation)
     x = random_array(rng, *shape, shift=0.5)
     inputs, z = {"x": x}, x.astype(np.float64)
     if affine:
@@ -192,32 +290,50 @@ def pool_case(shape, affine, activation):
     return rng, inputs, z
 
 
+def mean_pool_case(shape, affine, activation, rng=None):
+    _, inputs, z = pool_case(shape, affine, activation, rng)
+    exact = {"y": z.mean(axis=(1, 2))}
+    return OpCase(inputs, {"y": (1, 1, shape[3])}, exact, attributes={"activation": activation})
+
+
 @pytest.mark.parametrize("affine, activation", [(False, 0), (True, 1), (False, 2)])
 @pytest.mark.parametrize("shape", POOL_SHAPES, ids=str)
 def test_mean_pool(shape, affine, activation):
-    _, inputs, z = pool_case(shape, affine, activation)
-    exact = {"y": z.mean(axis=(1, 2))}
-    attributes = {"activation": activation}
-    check_op("mean_pool", inputs, {"y": (1, 1, shape[3])}, exact, attributes=attributes)
+    check_cases("mean_pool", [mean_pool_case(shape, affine, activation)])
+
+
+def pool_tokens_case(shape, affine, activation, rng=None):
+    rng, inputs, z = pool_case(shape, affine, activation, rng)
+    tokens = shape[1] * shape[2] + 1
+    positional = random_array(rng, shape[3], tokens)
+    z = z.reshape(shape[0], -1, shape[3])
+    exact = np.concatenate([z.mean(axis=1, keepdims=True), z], axis=1) + positional.T
+    return OpCase(
+        inputs,
+        {"y": (1, tokens, shape[3])},
+        {"y": exact},
+        attributes={"activation": activation},
+        weights={"positional": positional},
+    )
+
+
+def random_pool(make):
+    def case(rng):
+        shape = tuple(int(n) for n in rng.integers(1, (4, 9, 9, 70)))
+        return make(shape, bool(rng.integers(2)), int(rng.integers(3)), rng)
+
+    return case
+
+
+def test_pooling_random_shapes():
+    check_shapes("mean_pool", random_pool(mean_pool_case))
+    check_shapes("attention_pool_tokens", random_pool(pool_tokens_case))
 
 
 @pytest.mark.parametrize("affine, activation", [(False, 0), (True, 1)])
 @pytest.mark.parametrize("shape", POOL_SHAPES, ids=str)
 def test_attention_pool_tokens(shape, affine, activation):
-    rng, inputs, z = pool_case(shape, affine, activation)
-    tokens = shape[1] * shape[2] + 1
-    positional = random_array(rng, shape[3], tokens)
-    z = z.reshape(shape[0], -1, shape[3])
-    exact = np.concatenate([z.mean(axis=1, keepdims=True), z], axis=1) + positional.T
-    outputs = {"y": (1, tokens, shape[3])}
-    check_op(
-        "attention_pool_tokens",
-        inputs,
-        outputs,
-        {"y": exact},
-        attributes={"activation": activation},
-        weights={"positional": positional},
-    )
+    check_cases("attention_pool_tokens", [pool_tokens_case(shape, affine, activation)])
 
 
 @pytest.mark.parametrize(

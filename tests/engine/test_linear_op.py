@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from op_checks import C, check_op, random_array, run
+from op_checks import C, OpCase, check_op, check_shapes, random_array, run
 
 SEED = 611
 ACTIVATIONS = {0: lambda x: x, 1: lambda x: x / (1 + np.exp(-x)), 2: lambda x: np.maximum(x, 0)}
@@ -110,21 +110,21 @@ def test_every_option(activation, affine, bias, residual):
     )
 
 
+def random_case(rng):
+    batch, h, w = (int(rng.integers(1, high)) for high in (4, 9, 9))
+    c1, c2, co = (int(rng.integers(low, high)) for low, high in ((1, 90), (0, 60), (1, 100)))
+    inputs, outputs, attributes, weights = make_case(
+        batch, h, w, c1, c2, co, affine=bool(rng.integers(2)), bias=bool(rng.integers(2)),
+        residual=bool(rng.integers(2)), activation=int(rng.integers(3)), scale=1.0,
+        stats=bool(rng.integers(2)),
+    )  # fmt: skip
+    exact = reference(inputs, attributes, weights, np.float64)
+    plain = reference(inputs, attributes, weights, np.float32)
+    return OpCase(inputs, outputs, exact, plain, attributes, weights)
+
+
 def test_random_shapes():
-    rng = np.random.default_rng(SEED)
-    print("seed", SEED)
-    for _ in range(60):
-        batch, h, w = (int(rng.integers(1, high)) for high in (4, 12, 12))
-        c1, c2, co = (int(rng.integers(low, high)) for low, high in ((1, 90), (0, 60), (1, 120)))
-        inputs, outputs, attributes, weights = make_case(
-            batch, h, w, c1, c2, co, affine=bool(rng.integers(2)), bias=bool(rng.integers(2)),
-            residual=bool(rng.integers(2)), activation=int(rng.integers(3)), scale=1.0, stats=True,
-        )  # fmt: skip
-        exact = reference(inputs, attributes, weights, np.float64)
-        plain = reference(inputs, attributes, weights, np.float32)
-        check_op(
-            "linear", inputs, outputs, exact, plain, attributes, weights, slack=2e-6, threads=(1, 2)
-        )
+    check_shapes("linear", random_case, seed=SEED, slack=2e-6)
 
 
 def test_statistics_survive_a_large_mean():

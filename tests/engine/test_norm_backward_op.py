@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from op_checks import C, check_op, random_array
+from op_checks import C, OpCase, check_cases, check_op, check_shapes, random_array
 
 SEED = 811
 OFFSET = 3  # of the modulation in its row
@@ -87,29 +87,21 @@ def test_against_autograd(case):
     check_op("norm_backward", inputs, outputs, exact, plain, attributes, slack=2e-6)
 
 
-@pytest.mark.parametrize("mode", [0, 1, 2])
-def test_random_shapes(mode):
-    rng = np.random.default_rng(SEED + mode)
-    for _ in range(90):
-        batch, factor = int(rng.integers(1, 4)), int(rng.integers(1, 3))
-        height, width = (int(n) * factor for n in rng.integers(1, 12, size=2))
-        groups = int(rng.integers(1, 6))
-        channels = groups * int(rng.integers(1, 9))
-        factors = factor, (1, factor, None)[int(rng.integers(3))]
-        case = batch, height, width, channels, groups, mode, int(rng.integers(2)), factors
-        inputs, attributes, exact, plain = make_case(*case)
-        outputs = {"dx": (height, width, channels)}
-        # A group of few values makes rstd, and every error, large.
-        check_op(
-            "norm_backward",
-            inputs,
-            outputs,
-            exact,
-            plain,
-            attributes,
-            slack=1e-5,
-            threads=(1, 3),
-        )
+def random_case(rng):
+    batch, factor = int(rng.integers(1, 4)), int(rng.integers(1, 3))
+    height, width = (int(n) * factor for n in rng.integers(1, 12, size=2))
+    groups = int(rng.integers(1, 6))
+    channels = groups * int(rng.integers(1, 9))
+    factors = factor, (1, factor, None)[int(rng.integers(3))]
+    mode, activation = int(rng.integers(3)), int(rng.integers(2))
+    case = batch, height, width, channels, groups, mode, activation, factors
+    inputs, attributes, exact, plain = make_case(*case)
+    return OpCase(inputs, {"dx": (height, width, channels)}, exact, plain, attributes)
+
+
+def test_random_shapes():
+    # A group of few values makes rstd, and every error, large.
+    check_shapes("norm_backward", random_case, seed=SEED, slack=1e-5)
 
 
 def test_a_mean_far_from_zero_does_not_cancel():
@@ -119,12 +111,12 @@ def test_a_mean_far_from_zero_does_not_cancel():
     check_op("norm_backward", inputs, {"dx": (16, 16, 64)}, exact, plain, attributes, slack=1e-4)
 
 
-@pytest.mark.parametrize("with_add", [False, True])
-@pytest.mark.parametrize(
-    "shape, small, offset", [((8, 8, 96), (1, 1, 200), 40), ((6, 10, 5), (3, 5, 5), 0)]
-)
-def test_average_backward(shape, small, offset, with_add):
-    rng = np.random.default_rng(SEED)
+def average_case(rng, shape=None, small=None, offset=None, with_add=None):
+    if shape is None:
+        height, width, tall, wide, channels = (int(n) for n in rng.integers(1, (5, 5, 4, 4, 40)))
+        shape, offset = (height * tall, width * wide, channels), int(rng.integers(0, 20))
+        small = height, width, offset + channels + int(rng.integers(0, 5))
+        with_add = bool(rng.integers(2))
     inputs = {"grad": random_array(rng, 3, *small)}
     factor = shape[0] // small[0], shape[1] // small[1]
     exact = inputs["grad"][..., offset : offset + shape[2]].astype(np.float64)
@@ -132,7 +124,20 @@ def test_average_backward(shape, small, offset, with_add):
     if with_add:
         inputs["add"] = random_array(rng, 3, *shape)
         exact = exact + inputs["add"]
-    check_op("average_backward", inputs, {"y": shape}, {"y": exact}, None, {"offset": offset})
+    return OpCase(inputs, {"y": shape}, {"y": exact}, None, {"offset": offset})
+
+
+@pytest.mark.parametrize("with_add", [False, True])
+@pytest.mark.parametrize(
+    "shape, small, offset", [((8, 8, 96), (1, 1, 200), 40), ((6, 10, 5), (3, 5, 5), 0)]
+)
+def test_average_backward(shape, small, offset, with_add):
+    case = average_case(np.random.default_rng(SEED), shape, small, offset, with_add)
+    check_cases("average_backward", [case])
+
+
+def test_average_backward_random_shapes():
+    check_shapes("average_backward", average_case, seed=SEED)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import os
 import stat
+import time
 
 import numpy as np
 import pytest
@@ -92,6 +93,37 @@ def test_it_can_be_switched_off_and_small_models_need_none(cache, model, monkeyp
     monkeypatch.setenv("ADM_RT_CACHE", str(cache))
     values, notes = answer(model)
     assert np.array_equal(values, expected) and notes == [] and not any(cache.iterdir())
+
+
+def test_the_least_recently_used_make_room(cache, tmp_path, monkeypatch):
+    models = [save_model(tmp_path / str(i), tiny_network(seed=i)) for i in range(4)]
+    files = []
+    for age, model in zip((30, 20, 10), models, strict=False):
+        answer(model)
+        (new,) = set(cache.iterdir()) - set(files)
+        os.utime(new, (time.time() - age,) * 2)
+        files.append(new)
+    size = files[0].stat().st_size
+    answer(models[0])  # used again: the second is the oldest now
+    abandoned = cache / ".left.tmp"
+    abandoned.write_bytes(b"half")
+    os.utime(abandoned, (1, 1))
+    monkeypatch.setenv("ADM_RT_CACHE_GB", str(3.5 * size / 1e9))
+    assert "ADM_RT_CACHE_GB" in answer(models[3])[1][0]
+    left = set(cache.iterdir())
+    assert len(left) == 3 and {files[0], files[2]} < left and abandoned not in left
+    report = packed_cache.cache_report()
+    assert report["files"] == 3 and report["folder"] == str(cache)
+    monkeypatch.setenv("ADM_RT_CACHE_GB", "0")
+    answer(models[0])  # what is there is used
+    assert set(cache.iterdir()) == left
+    values, notes = answer(models[1])
+    assert np.isfinite(values).all() and "not kept" in notes[0] and set(cache.iterdir()) == left
+    monkeypatch.setenv("ADM_RT_CACHE_GB", "lots")
+    with pytest.raises(ValueError, match="ADM_RT_CACHE_GB='lots': give gigabytes"):
+        answer(models[0])
+    monkeypatch.setenv("ADM_RT_CACHE", "off")
+    assert packed_cache.cache_report()["folder"] is None
 
 
 def test_a_cache_that_cannot_be_written_is_a_note(cache, model, tmp_path, monkeypatch):

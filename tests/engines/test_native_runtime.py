@@ -177,6 +177,23 @@ assert _C.engine_arena_bytes() == 0
     run_python(program, folder)
 
 
+def test_threads_take_no_more_scratch_memory_than_planned(folder):
+    program = """
+import sys, adm_rt
+from adm_rt import _C
+from adm_rt.engines.native_engine import planned_bytes
+_C.set_num_threads(1)
+pipeline = adm_rt.load(sys.argv[1])
+assert _C.engine_scratch_bytes() == 0
+pipeline(9, steps=1, progress=False)
+networks = pipeline.unet.cfg, pipeline.classifier.cfg
+planned = max(planned_bytes(cfg)["per_thread"] for cfg in networks)
+print(_C.engine_scratch_bytes(), planned)
+"""
+    held, planned = map(int, run_python(program, folder).split())
+    assert 0.25 * planned < held <= planned
+
+
 def test_glyphs32_is_within_a_level_of_the_torch_engine():
     run = {"num_images": 4, "steps": 25, "seed": 3, **QUIET}
     native = adm_rt.sample("glyphs32", engine="native", **run)

@@ -39,14 +39,17 @@ class Attention : public Op {
                  " positions, which is not in [1, ", keys_, "]");
   }
 
+  int64_t thread_floats() const override {
+    return ADM_RT_DISPATCH(attention_scratch(channels_ / heads_, keys_));
+  }
+
   double flops(int64_t batch) const override {
     return 4.0 * static_cast<double>(batch * channels_) * static_cast<double>(keys_ * queries_);
   }
 
   void run(const RunContext& context) const override {
     const int64_t pairs = context.batch * heads_;
-    const int64_t d = channels_ / heads_;
-    const int64_t floats = ADM_RT_DISPATCH(attention_scratch(d, keys_));
+    const int64_t floats = thread_floats();
     if (queries_ == 1) {
       parallel_for(pairs, 8, [&](int64_t begin, int64_t end) {
         float* scratch = thread_scratch(floats);

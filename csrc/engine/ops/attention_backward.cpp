@@ -52,13 +52,17 @@ class AttentionBackward : public Op {
     return tasks_ == 1 ? 0 : batch * heads_ * tasks_ * part_floats();
   }
 
+  int64_t thread_floats() const override {
+    return ADM_RT_DISPATCH(attention_backward_scratch(channels_ / heads_, keys_));
+  }
+
   double flops(int64_t batch) const override {
     return 10.0 * static_cast<double>(batch * channels_) * static_cast<double>(keys_ * queries_);
   }
 
   void run(const RunContext& context) const override {
     const int64_t pairs = context.batch * heads_;
-    const int64_t floats = ADM_RT_DISPATCH(attention_backward_scratch(channels_ / heads_, keys_));
+    const int64_t floats = thread_floats();
     parallel_for(pairs * tasks_, 1, [&](int64_t begin, int64_t end) {
       float* scratch = thread_scratch(floats);
       for (int64_t index = begin; index < end; ++index) {

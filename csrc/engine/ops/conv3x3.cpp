@@ -188,6 +188,13 @@ class Conv3x3 : public Op {
     return stats_ < 0 ? 0 : batch * shape_.segments * 2 * shape_.channels_out;
   }
 
+  // V and M of a block: whole segments, so up to a strip more than kBlockTiles.
+  int64_t thread_floats() const override {
+    const int64_t tiles = ceil_div(kBlockTiles, shape_.strip_tiles) * shape_.strip_tiles;
+    return shape_.planes() *
+           (plane_floats(tiles, shape_.v_row) + plane_floats(tiles, shape_.m_row));
+  }
+
   void run(const RunContext& context) const override {
     ADM_RT_CHECK(cpu_isa() == isa_, "conv3x3: the weights are packed for ", name_of(isa_),
                  ", not for ", name_of(cpu_isa()), "; make the plan anew");

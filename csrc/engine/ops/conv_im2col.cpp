@@ -76,6 +76,8 @@ class Im2colConvolution : public Op {
                 packed + gemm_packed_floats(to_.channels, depth_, panel_));
   }
 
+  int64_t thread_floats() const override { return most_rows() * depth_; }
+
   double flops(int64_t batch) const override {
     return 2.0 * static_cast<double>(batch * to_.pixels()) *
            static_cast<double>(depth_ * to_.channels);
@@ -84,8 +86,7 @@ class Im2colConvolution : public Op {
   void run(const RunContext& context) const override {
     const int64_t rows = context.batch * to_.pixels();
     const int64_t share = (rows + 4 * num_threads() - 1) / (4 * num_threads());
-    const int64_t most = std::max(kLeastRows, kBlockFloats / depth_);
-    const int64_t size = std::min(most, std::max(2 * row_block_, share));
+    const int64_t size = std::min(most_rows(), std::max(2 * row_block_, share));
     parallel_for((rows + size - 1) / size, 1, [&](int64_t begin, int64_t end) {
       float* patches = thread_scratch(size * depth_);
       for (int64_t task = begin; task < end; ++task) {
@@ -99,6 +100,8 @@ class Im2colConvolution : public Op {
   }
 
  private:
+  int64_t most_rows() const { return std::max(kLeastRows, kBlockFloats / depth_); }
+
   struct Source {
     int slot;
     int64_t channels;

@@ -100,6 +100,8 @@ class Linear : public Op {
     return prepared_ && by_columns(batch) ? batch * pixels_ * depth_ : 0;
   }
 
+  int64_t thread_floats() const override { return prepared_ ? most_rows() * depth_ : 0; }
+
   double flops(int64_t batch) const override {
     return 2.0 * static_cast<double>(batch * pixels_) * static_cast<double>(depth_ * columns_);
   }
@@ -117,6 +119,11 @@ class Linear : public Op {
   }
 
  private:
+  // What the cache holds, in whole tiles of the microkernel.
+  int64_t most_rows() const {
+    return ceil_div(std::max<int64_t>(row_block_, kBlockFloats / depth_), row_block_) * row_block_;
+  }
+
   bool by_columns(int64_t batch) const { return batch * pixels_ * depth_ <= kSharedFloats; }
 
   // Rows [begin, end) of the concatenated, mapped and activated input into `block`.
@@ -179,7 +186,7 @@ class Linear : public Op {
   void run_by_rows(const RunContext& context) const {
     const int64_t rows = context.batch * pixels_;
     // As many rows as the cache holds, fewer when threads would be left without work.
-    const int64_t most = std::max<int64_t>(row_block_, kBlockFloats / depth_);
+    const int64_t most = most_rows();
     const int64_t share = num_threads() == 1 ? most : ceil_div(rows, 4 * num_threads());
     const int64_t size =
         ceil_div(std::min(most, std::max(4 * row_block_, share)), row_block_) * row_block_;

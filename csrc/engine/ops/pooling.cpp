@@ -85,12 +85,16 @@ class MeanPool : public PoolingOp {
     check_output(arguments, {1, 1, channels_});
   }
 
+  int64_t thread_floats() const override {
+    return affine_ < 0 && activation_ == RowActivation::kNone ? 0 : pixels_ * kMomentChannels;
+  }
+
  private:
   void run_slice(const RunContext& context, const Slice& slice) const override {
     const float* z = input(context, slice);
     int64_t ld = channels_;
-    if (affine_ >= 0 || activation_ != RowActivation::kNone) {
-      float* buffer = thread_scratch(pixels_ * kMomentChannels);
+    if (thread_floats() > 0) {
+      float* buffer = thread_scratch(thread_floats());
       activate(context, slice, buffer, kMomentChannels);
       z = buffer;
       ld = kMomentChannels;

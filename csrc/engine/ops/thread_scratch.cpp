@@ -1,30 +1,37 @@
 #include "engine/ops/thread_scratch.h"
 
-#include <cstdlib>
-#include <memory>
-#include <new>
+#include <atomic>
+
+#include "engine/arena.h"
 
 namespace adm_rt::engine {
 namespace {
 
-struct Free {
-  void operator()(float* p) const { std::free(p); }
+std::atomic<size_t> held{0};
+
+struct Scratch {
+  MemoryBlock block;
+
+  ~Scratch() { release(); }
+  void release() {
+    held.fetch_sub(block.bytes(), std::memory_order_relaxed);
+    block = MemoryBlock();
+  }
 };
 
 }  // namespace
 
 float* thread_scratch(int64_t floats) {
-  static thread_local std::unique_ptr<float, Free> data;
-  static thread_local int64_t size = 0;
-  if (floats > size || data == nullptr) {
-    data.reset();
-    size = 0;
-    const size_t bytes = (static_cast<size_t>(floats) * sizeof(float) / 4096 + 1) * 4096;
-    data.reset(static_cast<float*>(std::aligned_alloc(64, bytes)));
-    if (data == nullptr) throw std::bad_alloc();
-    size = static_cast<int64_t>(bytes / sizeof(float));
+  static thread_local Scratch scratch;
+  const size_t bytes = static_cast<size_t>(floats) * sizeof(float);
+  if (bytes > scratch.block.bytes() || scratch.block.data() == nullptr) {
+    scratch.release();  // first, or both would be there at a time
+    scratch.block = MemoryBlock(bytes);
+    held.fetch_add(bytes, std::memory_order_relaxed);
   }
-  return data.get();
+  return scratch.block.floats();
 }
+
+size_t thread_scratch_bytes_held() { return held.load(std::memory_order_relaxed); }
 
 }  // namespace adm_rt::engine

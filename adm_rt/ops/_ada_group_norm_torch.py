@@ -1,4 +1,4 @@
-"""The torch side of ada_group_norm: registration, autograd, and which tensors the kernels take."""
+"""The torch side of ada_group_norm: registration, autograd, which tensors the kernels take."""
 
 import math
 
@@ -6,14 +6,21 @@ import torch
 
 from . import reference
 from ._backend import reference_forced
-from ._library import define, extension
+from ._library import cuda_extension, cuda_stream, define, extension
 from .ada_group_norm import check_shapes
 
 _ARGUMENTS = (
     "Tensor x, Tensor weight, Tensor bias, Tensor? scale_shift, int groups, float eps, bool silu"
 )
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # codes of csrc/common/dtype.h
-_KERNEL_DEVICES = ("cpu", "meta")
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # codes of csrc/common/dtype.h
+_CPU_DTYPES = (torch.float32, torch.bfloat16)
+
+
+def kernels_take(x):
+    """Whether a tensor of x's dtype and device goes to the kernels."""
+    if x.device.type == "cuda":
+        return x.dtype in _DTYPES and not reference_forced()
+    return x.device.type in ("cpu", "meta") and x.dtype in _CPU_DTYPES and not reference_forced()
 
 
 def forward(x, weight, bias, scale_shift, groups, eps, silu):
@@ -26,20 +33,23 @@ def forward(x, weight, bias, scale_shift, groups, eps, silu):
     if scale_shift is not None and not isinstance(scale_shift, torch.Tensor):
         raise TypeError(f"scale_shift is {type(scale_shift).__name__}; give a tensor or None")
     check_shapes(x, weight, bias, scale_shift, groups, eps)
-    if x.dtype not in _DTYPES or x.device.type not in _KERNEL_DEVICES or reference_forced():
+    if not kernels_take(x):
         if not x.dtype.is_floating_point:
             raise TypeError(f"x is {x.dtype}; it must be of a floating-point dtype")
         return reference.ada_group_norm(x, weight, bias, scale_shift, groups, eps, silu)
     if weight.dtype != torch.float32 or bias.dtype != torch.float32:
         weight, bias = weight.float(), bias.float()
-    if scale_shift is not None and scale_shift.dtype != torch.float32:
-        scale_shift = scale_shift.float()
-    if torch.is_grad_enabled() and (
+    differentiable = torch.is_grad_enabled() and (
         x.requires_grad
         or weight.requires_grad
         or bias.requires_grad
         or (scale_shift is not None and scale_shift.requires_grad)
-    ):
+    )
+    if scale_shift is not None and scale_shift.dtype != torch.float32:
+        # The CUDA kernels read it as it is; gradients of all parameters are float32 everywhere.
+        if differentiable or x.device.type != "cuda" or scale_shift.dtype not in _DTYPES:
+            scale_shift = scale_shift.float()
+    if differentiable:
         return _AdaGroupNorm.apply(x, weight, bias, scale_shift, groups, eps, silu)
     return _operator(x, weight, bias, scale_shift, groups, eps, silu)
 
@@ -74,12 +84,17 @@ class _AdaGroupNorm(torch.autograd.Function):
 
 
 def _dense(x):
-    """(x, whether it is channels_last): x itself when it is dense in either order, else a copy."""
+    """(x, whether channels come last): x itself when it is dense in either order, else a copy."""
     if x.is_contiguous():
         return x, False
-    if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
+    if x.dim() > 2 and x.stride(1) == 1 and x.movedim(1, -1).is_contiguous():
         return x, True
     return x.contiguous(), False
+
+
+def _in_order(grad, by_pixel):
+    """grad, dense in the order that _dense found for x."""
+    return grad.movedim(1, -1).contiguous().movedim(-1, 1) if by_pixel else grad.contiguous()
 
 
 def _rows(scale_shift):
@@ -132,8 +147,7 @@ def _run_forward(x, weight, bias, scale_shift, groups, eps, silu, mean, rstd):
 
 def _cpu_backward(grad, x, mean, rstd, weight, bias, scale_shift, groups, silu, wanted):
     x, by_pixel = _dense(x)
-    order = torch.channels_last if by_pixel else torch.contiguous_format
-    grad = grad.contiguous(memory_format=order)
+    grad = _in_order(grad, by_pixel)
     shape = x.shape
     results = _gradients(x, weight, scale_shift, wanted)
     mean, rstd = mean.contiguous(), rstd.contiguous()
@@ -171,6 +185,79 @@ def _gradients(x, weight, scale_shift, wanted):
     )
 
 
+# ---- CUDA ----
+
+
+def _cuda(x, weight, bias, scale_shift, groups, eps, silu):
+    return _run_cuda(x, weight, bias, scale_shift, groups, eps, silu, None, None)
+
+
+def _cuda_moments(x, weight, bias, scale_shift, groups, eps, silu):
+    mean = torch.empty((x.shape[0], groups), dtype=torch.float32, device=x.device)
+    rstd = torch.empty_like(mean)
+    y = _run_cuda(x, weight, bias, scale_shift, groups, eps, silu, mean, rstd)
+    return y, mean, rstd
+
+
+def _run_cuda(x, weight, bias, scale_shift, groups, eps, silu, mean, rstd):
+    module = cuda_extension()
+    _check_same_device(x, weight=weight, bias=bias, scale_shift=scale_shift)
+    x, by_pixel = _dense(x)
+    y = torch.empty_like(x)
+    weight, bias = weight.contiguous(), bias.contiguous()
+    scale_shift, address, stride = _rows(scale_shift)
+    shape, options = _cuda_call(x, scale_shift, stride, groups, eps, silu, by_pixel)
+    inputs = (x.data_ptr(), 0, weight.data_ptr(), bias.data_ptr(), address, 0, 0)
+    outputs = (y.data_ptr(), 0, *(0 if t is None else t.data_ptr() for t in (mean, rstd)))
+    with cuda_stream(x) as stream:
+        # The caching allocator orders the reuse of its memory by stream.
+        size = module.ada_group_norm_workspace(shape, options)
+        workspace = torch.empty(size, dtype=torch.uint8, device=x.device)
+        module.ada_group_norm(shape, options, inputs, outputs, workspace.data_ptr(), stream)
+    return y
+
+
+def _cuda_backward(grad, x, mean, rstd, weight, bias, scale_shift, groups, silu, wanted):
+    module = cuda_extension()
+    parameters = {"weight": weight, "bias": bias, "scale_shift": scale_shift}
+    _check_same_device(x, grad=grad, mean=mean, rstd=rstd, **parameters)
+    x, by_pixel = _dense(x)
+    grad = _in_order(grad, by_pixel)
+    results = _gradients(x, weight, scale_shift, wanted)
+    mean, rstd = mean.contiguous(), rstd.contiguous()
+    weight, bias = weight.contiguous(), bias.contiguous()
+    scale_shift, address, stride = _rows(scale_shift)
+    shape, options = _cuda_call(x, scale_shift, stride, groups, 0.0, silu, by_pixel)
+    tensors = grad.data_ptr(), 0, x.data_ptr(), 0, mean.data_ptr(), rstd.data_ptr()
+    inputs = (*tensors, weight.data_ptr(), bias.data_ptr(), address)
+    dx, *others = (t.data_ptr() if t.numel() else 0 for t in results)
+    with cuda_stream(x) as stream:
+        size = module.ada_group_norm_backward_workspace(shape, options)
+        workspace = torch.empty(size, dtype=torch.uint8, device=x.device)
+        module.ada_group_norm_backward(
+            shape, options, inputs, (dx, 0, *others), workspace.data_ptr(), stream
+        )
+    return results
+
+
+def _cuda_call(x, scale_shift, stride, groups, eps, silu, by_pixel):
+    """The shape and options that adm_rt._cuda takes; see csrc/ops/ada_group_norm_cuda.h."""
+    pixels = math.prod(x.shape[2:])
+    by_pixel = by_pixel or pixels == 1  # then both orders are one, and this one is faster
+    code = 0 if scale_shift is None else _DTYPES[scale_shift.dtype]
+    shape = (x.shape[0], x.shape[1], 0, 1, pixels, groups)
+    return shape, (eps, silu, _DTYPES[x.dtype], by_pixel, 0, code, stride)
+
+
+def _check_same_device(x, **tensors):
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"{name} is on {tensor.device} and x on {x.device}; move one of them")
+
+
+# ---- Shapes, dtypes and strides only ----
+
+
 def _fake(x, weight, bias, scale_shift, groups, eps, silu):
     return torch.empty_like(_dense(x)[0])
 
@@ -184,10 +271,11 @@ def _fake_backward(grad, x, mean, rstd, weight, bias, scale_shift, groups, silu,
     return _gradients(_dense(x)[0], weight, scale_shift, wanted)
 
 
-_operator = define(f"ada_group_norm({_ARGUMENTS}) -> Tensor", cpu=_cpu, fake=_fake)
+_operator = define(f"ada_group_norm({_ARGUMENTS}) -> Tensor", cpu=_cpu, cuda=_cuda, fake=_fake)
 _moments_operator = define(
     f"ada_group_norm_with_moments({_ARGUMENTS}) -> (Tensor y, Tensor mean, Tensor rstd)",
     cpu=_cpu_moments,
+    cuda=_cuda_moments,
     fake=_fake_moments,
 )
 _backward_operator = define(
@@ -195,5 +283,6 @@ _backward_operator = define(
     "Tensor bias, Tensor? scale_shift, int groups, bool silu, bool[4] wanted) -> "
     "(Tensor dx, Tensor dweight, Tensor dbias, Tensor dscale_shift)",
     cpu=_cpu_backward,
+    cuda=_cuda_backward,
     fake=_fake_backward,
 )

@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 
+from ._arrays import is_cupy, is_dlpack, through_dlpack
 from ._backend import reference_forced
 from ._library import extension
 
@@ -22,8 +23,9 @@ def ada_group_norm(x, weight, bias, scale_shift=None, groups=32, eps=1e-5, silu=
     Dhariwal & Nichol 2021, section 3.
 
     Args:
-        x: [N, C, *spatial], any number of spatial dimensions. Contiguous, or (4-D) with
-            channels_last strides; other strides cost a copy. Torch tensor or NumPy array.
+        x: [N, C, *spatial], any number of spatial dimensions. Contiguous, or with channels_last
+            strides, which are the fast ones on CUDA; other strides cost a copy. Torch tensor, NumPy
+            or CuPy array, or an array that speaks DLPack; all arguments are of one kind.
         weight, bias: [C].
         scale_shift: [N, 2C], the scale in the first C columns, or None.
         groups: a divisor of C.
@@ -33,20 +35,30 @@ def ada_group_norm(x, weight, bias, scale_shift=None, groups=32, eps=1e-5, silu=
     Returns:
         y with x's shape, dtype and memory format.
 
-    The kernels run on CPU tensors of float32 or bfloat16 and on float32 NumPy arrays; statistics
-    and arithmetic are float32, weight, bias and scale_shift are used as float32. A result depends
-    neither on the number of threads nor on the other images of the batch. Torch tensors of any
-    other dtype or device run ``reference.ada_group_norm``; so does everything inside
-    ``use_reference()`` and, in the backward pass, a gradient taken with ``create_graph=True``.
-    Only those gradients are computed that somebody asks for.
+    The kernels run on CPU tensors of float32 or bfloat16, on CUDA tensors of float32, bfloat16 or
+    float16 (on torch's current stream), on float32 NumPy arrays and on CuPy arrays of float32 or
+    float16 (on CuPy's current stream); statistics and arithmetic are float32, weight, bias and
+    scale_shift are used as float32. A result depends neither on the number of threads nor on the
+    other images of the batch. Torch tensors of any other dtype or device run
+    ``reference.ada_group_norm``; so does everything inside ``use_reference()`` and, in the backward
+    pass, a gradient taken with ``create_graph=True``. Only those gradients are computed that
+    somebody asks for. The CUDA kernels have run under an emulator; on a GPU they are not measured.
 
     Raises:
-        ValueError: shapes that do not fit together, groups that do not divide C, a negative eps.
-        TypeError: something that is neither a tensor nor an array; NumPy of another dtype.
-        ImportError: the extension is not built.
+        ValueError: shapes that do not fit together, groups that do not divide C, a negative eps,
+            arguments on different devices.
+        TypeError: something that is neither a tensor nor an array; an array of another dtype.
+        ImportError: the extension is not built; for CUDA, adm_rt._cuda.
     """
     if isinstance(x, np.ndarray):
         return _numpy_forward(x, weight, bias, scale_shift, groups, eps, silu)
+    if is_cupy(x) and not reference_forced():
+        return _cupy_side().forward(x, weight, bias, scale_shift, groups, eps, silu)
+    if is_cupy(x) or is_dlpack(x):
+        if is_cupy(x):
+            importlib.import_module("torch")  # reference.py is torch: view the arrays with that
+        arrays = {"x": x, "weight": weight, "bias": bias, "scale_shift": scale_shift}
+        return through_dlpack(ada_group_norm, arrays, groups=groups, eps=eps, silu=silu)
     if "torch" not in sys.modules:
         raise TypeError(f"x is {type(x).__name__}; give a torch tensor or a NumPy array")
     return _torch_side().forward(x, weight, bias, scale_shift, groups, eps, silu)
@@ -126,6 +138,11 @@ def _numpy_forward(x, weight, bias, scale_shift, groups, eps, silu):
 @functools.cache
 def _torch_side():
     return importlib.import_module("adm_rt.ops._ada_group_norm_torch")
+
+
+@functools.cache
+def _cupy_side():
+    return importlib.import_module("adm_rt.ops._ada_group_norm_cupy")
 
 
 def register():

@@ -9,6 +9,7 @@ Nothing here is recorded by autograd or works in place, so a network of these ca
 
 import torch
 
+from ._ada_group_norm_torch import kernels_take as _norm_kernels_take
 from ._backend import reference_forced
 from ._library import register_torch_ops
 
@@ -30,7 +31,7 @@ def _wide(tensor):
 def ada_group_norm_forward(x, weight, bias, scale_shift=None, groups=32, eps=1e-5, silu=True):
     """``ops.ada_group_norm`` -> (y like x, saved); arguments as there, torch tensors only."""
     weight, bias, scale_shift = _wide(weight), _wide(bias), _wide(scale_shift)
-    if _kernels_take(x):
+    if _norm_kernels_take(x):
         y, mean, rstd = torch.ops.adm_rt.ada_group_norm_with_moments(
             x, weight, bias, scale_shift, groups, eps, silu
         )
@@ -51,7 +52,7 @@ def ada_group_norm_input_gradient(grad, saved, groups=32, silu=True):
     dx = rstd * (a dv - mean(a dv) - xhat mean(a dv xhat)), the means over each group.
     """
     x, weight, bias, scale_shift, mean, rstd = saved
-    if _kernels_take(x):
+    if _norm_kernels_take(x):
         return torch.ops.adm_rt.ada_group_norm_backward(
             grad.to(x.dtype), x, mean, rstd, weight, bias, scale_shift, groups, silu, _INPUT_ONLY
         )[0]

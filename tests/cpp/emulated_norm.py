@@ -1,6 +1,7 @@
 """ada_group_norm's CUDA kernels under the emulator, called as adm_rt._cuda is called, and cases."""
 
 import ctypes
+import functools
 from typing import NamedTuple
 
 import numpy as np
@@ -86,6 +87,12 @@ class EmulatedCuda:
         _keep, pointers = self._arguments(shape, options)
         addresses = [ctypes.c_void_p(address) for address in (x, moments, workspace)]
         self._check(self.library.run_moments(*pointers, *addresses))
+
+
+@functools.cache
+def emulated_cuda(compile_emulated):
+    """The kernels, compiled once for all test files; compile_emulated: the fixture."""
+    return EmulatedCuda(compile_emulated("ada_group_norm_emulated.cpp"))
 
 
 class NormCase(NamedTuple):

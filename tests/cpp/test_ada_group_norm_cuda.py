@@ -19,10 +19,10 @@ from emulated_norm import (
     NONE,
     POOL,
     UP,
-    EmulatedCuda,
     NormCase,
     NormRun,
     assert_same_bits,
+    emulated_cuda,
 )
 
 from adm_rt import testing
@@ -40,7 +40,7 @@ CHANNELS += [2048]
 
 @pytest.fixture(scope="module")
 def cuda(compile_emulated):
-    return EmulatedCuda(compile_emulated("ada_group_norm_emulated.cpp"))
+    return emulated_cuda(compile_emulated)
 
 
 RESAMPLERS = {
@@ -312,7 +312,7 @@ def test_under_sanitizers(compile_emulated, run_sanitized):
     """AddressSanitizer and UBSan see nothing, and the bits are those of the plain build."""
     paths = [
         compile_emulated("ada_group_norm_emulated.cpp", sanitized=True),
-        compile_emulated("ada_group_norm_emulated.cpp")._name,
+        emulated_cuda(compile_emulated).library._name,
     ]
     code = (
         "import sys\n"

@@ -166,8 +166,21 @@ def process_loss(place):
 # ---- FSDP2: weights, gradients and optimiser state in shards ----
 
 
+def can_shard(device):
+    """Whether this torch's FSDP2 runs on ``device``: that of 2.6 does not on the CPU."""
+    return device.type != "cpu" or hasattr(torch.cpu.Stream, "record_event")
+
+
 def shard(model, processes):
-    """Apply ``fully_shard`` to every residual and attention block, then to the whole ``model``."""
+    """Apply ``fully_shard`` to every residual and attention block, then to the whole ``model``.
+
+    Raises ValueError where this torch cannot.
+    """
+    if not can_shard(processes.device):
+        raise ValueError(
+            f"parallel='fsdp': torch {torch.__version__} cannot shard on the CPU. Use "
+            "parallel='ddp', CUDA devices or a newer torch."
+        )
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 

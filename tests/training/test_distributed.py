@@ -52,10 +52,20 @@ def state(folder):
     return tensors
 
 
-SHARDED = ("fsdp", "shards", "shards_then_one")
+no_fsdp = pytest.mark.skipif(
+    not distributed.can_shard(torch.device("cpu")),
+    reason=f"FSDP2 of torch {torch.__version__} does not run on the CPU",
+)
+no_shards = pytest.mark.skipif(
+    not shards.supported(), reason=f"torch {torch.__version__} writes no shards as safetensors"
+)
+SHARDED = ("one_then_shards", "shards", "shards_then_one")
 
 
-@pytest.mark.parametrize("name", ["two", "three", "microbatches", *SHARDED])
+@pytest.mark.parametrize(
+    "name",
+    ["two", "three", "microbatches", *(pytest.param(name, marks=no_fsdp) for name in SHARDED)],
+)
 def test_processes_and_microbatches_make_the_run_of_one_process(runs, name):
     one, other = state(runs / "one"), state(runs / name)
     assert one.keys() == other.keys()
@@ -72,9 +82,9 @@ def test_processes_and_microbatches_make_the_run_of_one_process(runs, name):
     assert len(seen[-1][1]) == 1
 
 
+@no_fsdp
+@no_shards
 def test_each_process_writes_its_own_shards(runs):
-    if not shards.supported():
-        pytest.skip(f"torch {torch.__version__} writes no shards as safetensors")
     found = {p.name for p in (runs / "shards" / "step_0000020").iterdir()}
     tensors = sorted(name for name in found if name.endswith(".safetensors"))
     assert len(tensors) == 3 and all(name.startswith("shard-0000") for name in tensors)
@@ -82,6 +92,8 @@ def test_each_process_writes_its_own_shards(runs):
     assert (runs / "shards_then_one" / "step_0000020" / "state.safetensors").exists()
 
 
+@no_fsdp
+@no_shards
 def test_a_damaged_shard_is_found(runs, tmp_path):
     shutil.copytree(runs / "shards", tmp_path / "run")
     path = max((tmp_path / "run" / "step_0000020").glob("*.safetensors"))
@@ -132,6 +144,12 @@ def test_an_environment_that_cannot_be_is_named(monkeypatch, variables, named):
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=named):
         distributed.start("cpu")
+
+
+def test_a_torch_that_cannot_shard_is_named(monkeypatch):
+    monkeypatch.delattr("torch.cpu.Stream.record_event", raising=False)
+    with pytest.raises(ValueError, match="parallel='fsdp': torch .* cannot shard on the CPU"):
+        distributed.shard(None, distributed.Processes(0, 2, torch.device("cpu")))
 
 
 def test_cuda_is_refused_where_there_is_none(monkeypatch):

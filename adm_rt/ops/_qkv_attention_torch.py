@@ -21,15 +21,16 @@ def forward(qkv, num_heads, order, num_queries):
     if not qkv.is_floating_point():
         raise TypeError(f"qkv is a tensor of {qkv.dtype}; give a floating dtype")
     num_queries = check(qkv, num_heads, order, num_queries)
-    if reference_forced() or not _has_kernel(qkv, num_heads):
+    if not kernels_take(qkv, num_heads):
         return reference.qkv_attention(qkv, num_heads, order, num_queries)
     if qkv.requires_grad and torch.is_grad_enabled():
         return _QkvAttention.apply(qkv, num_heads, order, num_queries)
     return _operator(qkv, num_heads, order, num_queries)
 
 
-def _has_kernel(qkv, num_heads):
-    if qkv.dtype not in _DTYPES.get(qkv.device.type, ()):
+def kernels_take(qkv, num_heads):
+    """Whether a tensor of qkv's dtype, device and size goes to the kernels."""
+    if reference_forced() or qkv.dtype not in _DTYPES.get(qkv.device.type, ()):
         return False
     return qkv.device.type != "cuda" or qkv.shape[1] // (3 * num_heads) <= _MAX_CUDA_HEAD_DIM
 

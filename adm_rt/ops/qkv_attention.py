@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 
+from ._arrays import is_cupy, is_dlpack, through_dlpack
 from ._backend import reference_forced
 from ._library import extension
 
@@ -21,10 +22,10 @@ def qkv_attention(qkv, num_heads, order="legacy", num_queries=None):
     the same up to rounding.
 
     Args:
-        qkv: [N, 3*H*d, T]. Torch tensor or NumPy array. On the CPU channel-major, as a 1-D
-            convolution gives it; other strides cost a copy. On CUDA as [N, T, 3*H*d] lies in memory
-            (the transposed view of it: pixels of a channels_last image), which is faster, or
-            channel-major; any other strides cost a copy.
+        qkv: [N, 3*H*d, T]. Torch tensor, NumPy or CuPy array, or an array that speaks DLPack. On
+            the CPU channel-major, as a 1-D convolution gives it; other strides cost a copy. On CUDA
+            as [N, T, 3*H*d] lies in memory (the transposed view of it: pixels of a channels_last
+            image), which is faster, or channel-major; any other strides cost a copy.
         num_heads: H, such that 3*H divides the channels.
         order: where q, k and v lie. "legacy": channel ``h*3d + {q,k,v}*d + i``; "new": channel
             ``{q,k,v}*H*d + h*d + i``. A released checkpoint does not say which: its flag
@@ -36,25 +37,34 @@ def qkv_attention(qkv, num_heads, order="legacy", num_queries=None):
         [N, H*d, num_queries or T], channel ``h*d + i`` in both orders, dtype of qkv; on CUDA in the
         same order of memory.
 
-    The kernels run on CPU tensors of float32 or bfloat16, on float32 NumPy arrays and on CUDA
-    tensors of float32, bfloat16 or float16 with d up to 256, on torch's current stream. Arithmetic
-    is float32, except that the products of 16-bit types on CUDA take 16-bit operands (probabilities
-    and their gradients are rounded on the way). A result depends neither on the number of threads
-    nor on the other images of the batch. Memory grows with T, not with its square, in the backward
-    pass too (probabilities are recomputed from the saved maxima and sums). Torch tensors of any
-    other floating dtype, size or device run ``reference.qkv_attention``; so does everything inside
-    ``use_reference()`` and, in the backward pass, a gradient taken with ``create_graph=True``.
+    The kernels run on CPU tensors of float32 or bfloat16, on float32 NumPy arrays, on CUDA tensors
+    of float32, bfloat16 or float16 with d up to 256 (on torch's current stream) and on CuPy arrays
+    of float32 or float16 (on CuPy's). Arithmetic is float32, except that the products of 16-bit
+    types on CUDA take 16-bit operands (probabilities and their gradients are rounded on the way).
+    A result depends neither on the number of threads nor on the other images of the batch. Memory
+    grows with T, not with its square, in the backward pass too (probabilities are recomputed from
+    the saved maxima and sums). Torch tensors of any other floating dtype, size or device run
+    ``reference.qkv_attention``; so does everything inside ``use_reference()`` and, in the backward
+    pass, a gradient taken with ``create_graph=True``. The CUDA kernels have run under an emulator;
+    on a GPU they are not measured.
 
     Raises:
         ValueError: a rank other than 3, channels that 3*num_heads does not divide, an unknown
             order, num_queries outside [1, T].
         TypeError: something that is neither a tensor nor an array; a dtype that is not floating;
-            NumPy of another dtype than float32.
+            an array of another dtype.
         ImportError: the extension is not built; for CUDA tensors, ``adm_rt._cuda``.
     """
     if isinstance(qkv, np.ndarray):
         num_queries = check(qkv, num_heads, order, num_queries)
         return _numpy_forward(qkv, num_heads, order, num_queries)
+    if is_cupy(qkv) and not reference_forced():
+        return _cupy_side().forward(qkv, num_heads, order, num_queries)
+    if is_cupy(qkv) or is_dlpack(qkv):
+        if is_cupy(qkv):
+            importlib.import_module("torch")  # reference.py is torch: view the array with that
+        options = {"num_heads": num_heads, "order": order, "num_queries": num_queries}
+        return through_dlpack(qkv_attention, {"qkv": qkv}, **options)
     if "torch" not in sys.modules:
         raise TypeError(f"qkv is {type(qkv).__name__}; give a torch tensor or a NumPy array")
     return _torch_side().forward(qkv, num_heads, order, num_queries)
@@ -120,6 +130,11 @@ def _numpy_forward(qkv, num_heads, order, num_queries):
 @functools.cache
 def _torch_side():
     return importlib.import_module("adm_rt.ops._qkv_attention_torch")
+
+
+@functools.cache
+def _cupy_side():
+    return importlib.import_module("adm_rt.ops._qkv_attention_cupy")
 
 
 def register():

@@ -4,6 +4,7 @@ NumPy only: the sanitized runs import it where torch is not.
 """
 
 import ctypes
+import functools
 from typing import NamedTuple
 
 import numpy as np
@@ -14,6 +15,15 @@ CHANNEL_MAJOR, TOKEN_MAJOR = 0, 1
 FORWARD, REVERSE, SHUFFLED = SCHEDULES = 0, 1, 2
 # One launcher's choice depends on how many multiprocessors there are to fill.
 FEW, MANY = 1, 1000
+
+
+SOURCE = "qkv_attention_emulated.cpp"
+
+
+@functools.cache
+def emulated_cuda(compile_emulated):
+    """The kernels, compiled once for all test files; compile_emulated: the fixture."""
+    return EmulatedCuda(compile_emulated(SOURCE))
 
 
 class EmulatedCuda:

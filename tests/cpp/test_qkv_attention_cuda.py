@@ -1,9 +1,6 @@
 """The CUDA source of qkv_attention where there is no GPU: its kernels under the emulator against
 exact arithmetic, with and without sanitizers, and nvcc's report on registers and spills."""
 
-import contextlib
-import importlib
-
 import numpy as np
 import pytest
 import torch
@@ -16,24 +13,24 @@ from emulated_attention import (
     MANY,
     NEW,
     SCHEDULES,
+    SOURCE,
     TOKEN_MAJOR,
     Case,
-    EmulatedCuda,
     Run,
     check_roughly,
+    emulated_cuda,
     exact,
 )
 
 from adm_rt import testing
 from adm_rt.ops import reference
 
-SOURCE = "qkv_attention_emulated.cpp"
 DTYPES = {FLOAT32: torch.float32, BFLOAT16: torch.bfloat16, FLOAT16: torch.float16}
 
 
 @pytest.fixture(scope="module")
 def cuda(compile_emulated):
-    return EmulatedCuda(compile_emulated(SOURCE))
+    return emulated_cuda(compile_emulated)
 
 
 def plain_torch(case, qkv, grad):
@@ -164,61 +161,6 @@ def test_bad_arguments(cuda):
     with pytest.raises(RuntimeError, match="needs stats and a workspace of 32 bytes"):
         cuda.qkv_attention_backward(16, 16, 16, 0, 16, 0, *case.sizes(), TOKEN_MAJOR, 0)
     cuda.qkv_attention(0, 0, 0, *case._replace(batch=0).sizes(), TOKEN_MAJOR, 0)  # nothing to do
-
-
-@pytest.fixture
-def torch_side(cuda, monkeypatch):
-    """The functions behind the CUDA tensors' ops, on the emulator and so on tensors of the CPU."""
-    side = importlib.import_module("adm_rt.ops._qkv_attention_torch")
-    monkeypatch.setattr(side, "cuda_extension", lambda: cuda)
-    monkeypatch.setattr(side, "cuda_stream", lambda tensor: contextlib.nullcontext(0))
-    cuda.device()
-    return side
-
-
-@pytest.mark.parametrize("token_major", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_torch_side(torch_side, dtype, token_major):
-    """Tensors keep their order of memory; others' are copied into it."""
-    generator = torch.Generator().manual_seed(7)
-    qkv = torch.randn(2, 3 * 2 * 16, 20, generator=generator).to(dtype)
-    grad = torch.randn(2, 2 * 16, 5, generator=generator).to(dtype)
-    grads = [grad, grad.transpose(1, 2).contiguous().transpose(1, 2), grad[:, :1].expand_as(grad)]
-    if token_major:
-        qkv = qkv.transpose(1, 2).contiguous().transpose(1, 2)
-    assert torch_side._is_token_major(qkv) == token_major
-    out, stats = torch_side._cuda_with_stats(qkv, 2, "legacy", 5)
-    assert torch.equal(out, torch_side._cuda(qkv, 2, "legacy", 5))
-    assert torch_side._is_token_major(out) == token_major and out.shape == (2, 32, 5)
-    wide = qkv.double().requires_grad_()
-    exact = reference.qkv_attention(wide, 2, "legacy", 5)
-    limit = 2e-6 if dtype == torch.float32 else 2e-3
-    torch.testing.assert_close(out.double(), exact, rtol=0, atol=limit)
-    for grad in grads:
-        dqkv = torch_side._cuda_backward(grad, qkv, out, stats, 2, "legacy")
-        assert torch_side._is_token_major(dqkv) == token_major
-        (expected,) = torch.autograd.grad(exact, wide, grad.double(), retain_graph=True)
-        torch.testing.assert_close(dqkv.double(), expected, rtol=0, atol=4 * limit)
-
-
-def test_tensors_without_data_are_laid_out_as_those_with(torch_side):
-    with torch._subclasses.FakeTensorMode():
-        for token_major in (True, False):
-            shape = (2, 20, 96) if token_major else (2, 96, 20)
-            qkv = torch.empty(shape, device="cuda")
-            qkv = qkv.transpose(1, 2) if token_major else qkv
-            out, stats = torch.ops.adm_rt.qkv_attention_with_stats(qkv, 2, "new", 20)
-            assert out.stride() == torch_side._empty_out(qkv, 20, token_major).stride()
-            dqkv = torch.ops.adm_rt.qkv_attention_backward(out, qkv, out, stats, 2, "new")
-            assert dqkv.stride() == qkv.stride()
-
-
-def test_torch_side_says_why_it_cannot(torch_side):
-    with pytest.raises(TypeError, match="float64; the kernels take float32, bfloat16, float16"):
-        torch_side._cuda(torch.zeros(1, 6, 4).double(), 1, "new", 4)
-    with pytest.raises(RuntimeError, match="head_dim=257"):
-        torch_side._cuda(torch.zeros(1, 771, 4), 1, "new", 4)
-    assert torch_side._cuda(torch.zeros(0, 6, 4), 1, "new", 4).shape == (0, 2, 4)
 
 
 def test_under_sanitizers(compile_emulated, run_sanitized):

@@ -8,6 +8,7 @@ an uninterrupted one: bit for bit on the CPU with as many processes.
 import contextlib
 import copy
 import dataclasses
+import errno
 import json
 import signal
 import threading
@@ -29,6 +30,7 @@ from adm_rt.training.randomness import StepRandom, torch_seed
 __all__ = ["TrainConfig", "Trainer"]
 
 MAX_BAD_UPDATES = 20  # in a row, until the run stops
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 _OTHERS = ("t", "weight")  # what a task returns beside losses
 _STOPS = {1: "the callback asked for it", 2: "Ctrl-C", 3: "SIGTERM"}
@@ -111,8 +113,7 @@ class Trainer:
             self._resume()
             if main:
                 self._start_monitor(progress)
-                # SIGTERM: a scheduler or torchrun kills what is still there after some seconds.
-                stack.callback(lambda: self.monitor.close(plot=self._stop != 3))
+                stack.push(self._close_monitor)
             stack.enter_context(self._signals())
             devices = [self.processes.device] if self.processes.device.type == "cuda" else []
             stack.enter_context(torch.random.fork_rng(devices=devices))
@@ -261,10 +262,36 @@ class Trainer:
 
             timesteps = self.task.diffusion.num_timesteps
             self.monitor = Monitor(self.out, self.config, timesteps, progress=progress)
-        self.monitor.start(self.step, self.seconds)
+        with self._room_for_logs():
+            self.monitor.start(self.step, self.seconds)
+
+    def _close_monitor(self, kind, error, trace):
+        """The way out of a run: what went wrong before is not to be hidden by a full disk."""
+        try:
+            with self._room_for_logs():
+                # SIGTERM: a scheduler or torchrun kills what is still there after some seconds.
+                self.monitor.close(plot=self._stop != 3)
+        except CheckpointError:
+            if error is None:
+                raise
+
+    @contextlib.contextmanager
+    def _room_for_logs(self):
+        """What a full disk means for the run."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in _NO_ROOM:
+                raise
+            raise CheckpointError(
+                f"cannot write the log in {self.out}: {error.strerror}. Earlier checkpoints are "
+                f"intact ({self.checkpoints.names()}): make room and start the same run again to "
+                "continue."
+            ) from error
 
     def _report(self, per_image, scalars):
-        self.monitor.record(self.step, per_image, scalars)
+        with self._room_for_logs():
+            self.monitor.record(self.step, per_image, scalars)
         if self.callback is not None:
             means = {k: float(v.mean()) for k, v in per_image.items() if k not in _OTHERS}
             if self.callback(self.step, {**means, **scalars}) is False:
@@ -282,7 +309,7 @@ class Trainer:
         network.load_state_dict(state, assign=True)
         try:
             self._looking = True
-            with torch.random.fork_rng(devices=[]), torch.no_grad():
+            with torch.random.fork_rng(devices=[]), torch.no_grad(), self._room_for_logs():
                 self.monitor.evaluate(self.step, network.eval())
             self._looking = False
         except _CutShort:

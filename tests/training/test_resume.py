@@ -198,6 +198,28 @@ def test_a_full_disk_is_an_error_and_earlier_checkpoints_stay(run_folder, monkey
     assert tiny_trainer(run_folder, iterations=9).run()
 
 
+@pytest.mark.parametrize("where", ["start", "record", "evaluate", "close"])
+def test_a_disk_too_full_for_the_log_is_the_same_error(run_folder, where):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    trainer = tiny_trainer(run_folder, iterations=9, sample_interval=8)
+    setattr(trainer.monitor, where, full)
+    with pytest.raises(CheckpointError, match="cannot write the log in .*No space left.*step_000"):
+        trainer.run()
+    tiny_trainer(run_folder, iterations=9).run()
+
+
+def test_a_log_that_cannot_be_closed_hides_no_other_error(run_folder):
+    def full(plot):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    trainer = tiny_trainer(run_folder, iterations=9, callback=lambda step, values: 1 / 0)
+    trainer.monitor.close = full
+    with pytest.raises(ZeroDivisionError):
+        trainer.run()
+
+
 def test_writes_that_the_system_cuts_short_are_the_same_error(run_folder):
     resource = pytest.importorskip("resource")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)

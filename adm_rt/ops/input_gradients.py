@@ -2,26 +2,21 @@
 
 For networks that compute a gradient with explicit operations instead of autograd. Each forward
 function returns ``(y, saved)``; its ``*_input_gradient`` takes the upstream gradient and ``saved``,
-an opaque tuple of tensors. Both choose alike: the compiled kernels for CPU tensors of float32 or
-bfloat16, the same formulas in plain torch for everything else and inside ``use_reference()``.
+an opaque tuple of tensors. Both choose alike: the compiled kernels for the tensors that
+``ops.ada_group_norm`` and ``ops.qkv_attention`` give to them, on the CPU and on CUDA, the same
+formulas in plain torch for everything else and inside ``use_reference()``.
 Nothing here is recorded by autograd or works in place, so a network of these calls can be exported.
 """
 
 import torch
 
 from ._ada_group_norm_torch import kernels_take as _norm_kernels_take
-from ._backend import reference_forced
 from ._library import register_torch_ops
+from ._qkv_attention_torch import kernels_take as _attention_kernels_take
 
 register_torch_ops()
 
-_KERNEL_DTYPES = (torch.float32, torch.bfloat16)
-_KERNEL_DEVICES = ("cpu", "meta")
 _INPUT_ONLY = (True, False, False, False)  # of the gradients of x, weight, bias, scale_shift
-
-
-def _kernels_take(x):
-    return x.dtype in _KERNEL_DTYPES and x.device.type in _KERNEL_DEVICES and not reference_forced()
 
 
 def _wide(tensor):
@@ -93,7 +88,7 @@ def _normalized(saved, groups):
 def qkv_attention_forward(qkv, num_heads, order="legacy", num_queries=None):
     """``ops.qkv_attention`` -> (out [N, H*d, num_queries or T], saved); torch tensors only."""
     num_queries = qkv.shape[2] if num_queries is None else num_queries
-    if _kernels_take(qkv):
+    if _attention_kernels_take(qkv, num_heads):
         out, stats = torch.ops.adm_rt.qkv_attention_with_stats(qkv, num_heads, order, num_queries)
         return out, (qkv, out, stats)
     q, k, v = _heads(qkv, num_heads, order)

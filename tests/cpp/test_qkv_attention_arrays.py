@@ -16,7 +16,7 @@ from emulated_attention import emulated_cuda
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from adm_rt import ops
-from adm_rt.ops import _library, reference
+from adm_rt.ops import _library, input_gradients, reference
 
 torch_side = importlib.import_module("adm_rt.ops._qkv_attention_torch")
 op_module = importlib.import_module("adm_rt.ops.qkv_attention")
@@ -114,6 +114,8 @@ def test_cuda_tensors_are_taken_by_the_kernels():
                 assert stats.dtype == torch.float32 and stats.shape == (2, 2, 2, 20)
                 dqkv = torch.ops.adm_rt.qkv_attention_backward(out, qkv, out, stats, 2, "new")
                 assert dqkv.stride() == qkv.stride()
+                out, saved = input_gradients.qkv_attention_forward(qkv, 2, "new")
+                assert len(saved) == 3, "the classifier's gradient ran plain torch"
         with ops.use_reference():
             assert not torch_side.kernels_take(by_token, 2)
         assert not torch_side.kernels_take(torch.empty(1, device="cuda", dtype=torch.float64), 1)

@@ -14,6 +14,7 @@ from adm_rt.ops.qkv_attention import qkv_attention
 __all__ = [
     "StepCoefficients",
     "ada_group_norm",
+    "ada_group_norm_resample",
     "count_nonfinite",
     "guided_mean_update",
     "philox_normal",
@@ -27,4 +28,8 @@ __all__ = [
 def __getattr__(name):
     if name == "reference":
         return importlib.import_module("adm_rt.ops.reference")
+    if name == "ada_group_norm_resample":  # torch only
+        return importlib.import_module(
+            "adm_rt.ops._ada_group_norm_resample"
+        ).ada_group_norm_resample
     raise AttributeError(f"module 'adm_rt.ops' has no attribute {name!r}")

@@ -19,6 +19,7 @@ from adm_rt import ops, testing
 from adm_rt.ops import _library, input_gradients, reference
 
 torch_side = importlib.import_module("adm_rt.ops._ada_group_norm_torch")
+resample_side = importlib.import_module("adm_rt.ops._ada_group_norm_resample")
 op_module = importlib.import_module("adm_rt.ops.ada_group_norm")
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -38,6 +39,15 @@ def cuda(compile_emulated, monkeypatch):
     monkeypatch.setattr(torch_side, "cuda_extension", lambda: module)
     monkeypatch.setattr(torch_side, "cuda_stream", stream_of)
     return streams
+
+
+@pytest.fixture
+def resample_on_cuda(cuda, monkeypatch):
+    """ada_group_norm_resample takes CPU tensors for CUDA tensors."""
+    monkeypatch.setattr(torch_side, "kernels_take", lambda x: x.dtype in torch_side._DTYPES)
+    monkeypatch.setattr(resample_side, "_on_device", lambda x: True)
+    for name in ("cuda_extension", "cuda_stream"):
+        monkeypatch.setattr(resample_side, name, getattr(torch_side, name))
 
 
 @pytest.fixture
@@ -144,6 +154,98 @@ def test_the_input_gradient_alone(autograd_on_cuda, monkeypatch):
     y = ops.ada_group_norm(leaf, weight, bias, rows)
     torch.autograd.grad(y, leaf, torch.ones_like(y))
     assert given == [[True, False, False, False, False]]
+
+
+def composed(x, skip, weight, bias, rows, resample, norm=reference.ada_group_norm):
+    joined = x if skip is None else torch.cat([x, skip], 1)
+    y = norm(joined, weight, bias, rows)
+    return tuple(resample_side._resampled(t, resample) for t in (y, joined))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_resample(resample_on_cuda, dtype):
+    """Joined and resampled, results and gradients; low: the modulation in x's type."""
+    for resample, own, by_pixel, low in (
+        ("down", 96, True, False), ("up", 64, True, True), (None, 32, True, False),
+        ("up", 32, False, False),
+    ):  # fmt: skip
+        channels = 64 if resample is None or not by_pixel else 96
+        joined, weight, bias, rows = inputs((2, channels, 4, 6), dtype, by_pixel)
+        x = joined[:, :own].clone(memory_format=torch.preserve_format)
+        x = x.contiguous(memory_format=torch.channels_last) if by_pixel else x.contiguous()
+        skip = joined[:, own:].contiguous() if own < channels else None  # in another order
+        tensors = [x, skip, weight, bias, rows.to(dtype) if low else rows]
+        y, x_out = ops.ada_group_norm_resample(
+            x, weight, bias, tensors[4], skip=skip, resample=resample
+        )
+        grads = [torch.randn(y.shape, generator=torch.Generator().manual_seed(i)) for i in (1, 2)]
+
+        def gradients(function, convert, tensors=tensors, grads=grads):
+            leaves = [None if t is None else convert(t).requires_grad_() for t in tensors]
+            results = function(*leaves)
+            asked = [t for t in leaves if t is not None]
+            upstream = [g.to(r.dtype) for g, r in zip(grads, results, strict=True)]
+            return (*results, *torch.autograd.grad(results, asked, upstream))
+
+        def ours(x, skip, weight, bias, rows, resample=resample):
+            return ops.ada_group_norm_resample(x, weight, bias, rows, skip=skip, resample=resample)
+
+        def plain(*leaves, resample=resample):
+            return composed(*leaves, resample)
+
+        found = gradients(ours, lambda t: t.detach().clone())
+        assert torch.equal(found[0], y) and torch.equal(found[1], x_out)
+        exact = gradients(plain, lambda t: t.detach().double())
+        other = gradients(plain, lambda t: t.detach().clone())
+        for index, (f, p, e) in enumerate(zip(found, other, exact, strict=True)):
+            assert f.dtype == p.dtype, index
+            what = f"{index} of {resample} {dtype}"
+            testing.assert_as_good_as(f.detach(), p, e, floor=3e-6, what=what)
+        order = torch.channels_last if by_pixel else torch.contiguous_format
+        assert y.is_contiguous(memory_format=order) and found[2].stride() == x.stride()
+
+
+def test_resample_where_one_result_is_used(resample_on_cuda):
+    x, weight, bias, rows = inputs((1, 64, 4, 6))
+    for index in (0, 1):
+        leaf, other = x.detach().requires_grad_(), x.detach().requires_grad_()
+        got = ops.ada_group_norm_resample(leaf, weight, bias, rows, resample="down")[index]
+        expected = composed(other, None, weight, bias, rows, "down")[index]
+        grad = torch.randn(got.shape, generator=torch.Generator().manual_seed(3))
+        (found,), (exact,) = (
+            torch.autograd.grad(r, t, grad) for r, t in ((got, leaf), (expected, other))
+        )
+        torch.testing.assert_close(found, exact, atol=2e-6, rtol=1e-5)
+
+
+def test_resample_elsewhere():
+    """On the CPU and in float64: the op and torch's operations."""
+    x, weight, bias, rows = inputs((2, 64, 4, 6))
+    for resample in ("down", "up", None):
+        got = ops.ada_group_norm_resample(x, weight, bias, rows, resample=resample)
+        expected = composed(x, None, weight, bias, rows, resample, ops.ada_group_norm)
+        for a, b in zip(got, expected, strict=True):
+            assert torch.equal(a, b)
+    doubles = [t.double() for t in (x, weight, bias, rows)]
+    y, _ = ops.ada_group_norm_resample(*doubles, skip=None, resample="up")
+    assert y.dtype == torch.float64
+
+
+def test_resample_refuses():
+    x, weight, bias, rows = inputs((2, 64, 4, 6))
+    for error, text, options in (
+        (ValueError, "resample='half' is not one of None, 'down', 'up'", dict(resample="half")),
+        (ValueError, r"skip has shape \(2, 64, 4, 5\)", dict(skip=x[..., :5])),
+        (TypeError, "skip is torch.float16 and x torch.float32", dict(skip=x.half())),
+        (TypeError, "skip is int", dict(skip=3)),
+        (ValueError, r"weight has shape \(64,\); x of shape \(2, 128, 4, 6\)", dict(skip=x)),
+    ):
+        with pytest.raises(error, match=text):
+            ops.ada_group_norm_resample(x, weight, bias, **options)
+    with pytest.raises(ValueError, match="even height and width"):
+        ops.ada_group_norm_resample(x[..., :5], weight, bias, resample="down")
+    with pytest.raises(ValueError, match=r"must be \[N, C, H, W\]"):
+        ops.ada_group_norm_resample(x[..., 0], weight, bias, resample="down")
 
 
 def test_cuda_tensors_are_taken_by_the_kernels():

@@ -1,7 +1,8 @@
 """Builds the extension modules with CMake; everything else about the package is in pyproject.toml.
 
 Environment: ADM_RT_CUDA=auto|on|off, ADM_RT_CUDA_ARCHS=80,90,..., CUDACXX, CUDA_HOME, MAX_JOBS,
-CXX, CXXFLAGS, CMAKE_ARGS. torch is neither needed nor looked at.
+CXX, CXXFLAGS, CMAKE_ARGS, ADM_RT_TENSORRT_INCLUDE=folder with TensorRT's headers, which builds
+libadm_rt_trt.so too. torch is neither needed nor looked at.
 """
 
 import fcntl
@@ -20,6 +21,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 DEFAULT_CUDA_ARCHS = ("80", "86", "89", "90", "100", "120")
+PLUGIN_LIBRARY = "libadm_rt_trt.so"
 PROBE = "__global__ void probe(float* x) { x[threadIdx.x] = 1.0f; }\n"
 
 
@@ -129,6 +131,24 @@ def describe_cuda(cuda):
     return f"adm_rt: building the CPU extension only, no CUDA: {cuda['reason']}{hint}"
 
 
+def tensorrt_include(cuda, env=os.environ):
+    """The folder with TensorRT's headers that ADM_RT_TENSORRT_INCLUDE names, or None."""
+    folder = env.get("ADM_RT_TENSORRT_INCLUDE", "").strip()
+    if not folder:
+        return None
+    if not cuda["enabled"]:
+        raise BuildError(
+            f"ADM_RT_TENSORRT_INCLUDE={folder!r}: the plugins call our CUDA kernels, which are not "
+            f"built ({cuda['reason']}); build with ADM_RT_CUDA=on, or unset it"
+        )
+    if not Path(folder, "NvInferRuntime.h").is_file():
+        raise BuildError(
+            f"ADM_RT_TENSORRT_INCLUDE={folder!r} has no NvInferRuntime.h; give the include folder "
+            "of a TensorRT 10.13 or newer, or unset it"
+        )
+    return str(Path(folder).resolve())
+
+
 def job_count(env=os.environ):
     """MAX_JOBS, CMAKE_BUILD_PARALLEL_LEVEL, or one per core and per 2 GB of free memory."""
     for name in ("MAX_JOBS", "CMAKE_BUILD_PARALLEL_LEVEL"):
@@ -172,6 +192,7 @@ class CMakeBuild(build_ext):
     def run(self):
         try:
             self.cuda = decide_cuda()
+            self.tensorrt = tensorrt_include(self.cuda)
         except BuildError as error:
             raise SystemExit(f"error: {error}") from None
         print(describe_cuda(self.cuda), flush=True)
@@ -180,13 +201,18 @@ class CMakeBuild(build_ext):
         super().run()
         if self.inplace:
             shutil.copy2(self.facts_path(), ROOT / "adm_rt" / "_build.json")
+            library = ROOT / "adm_rt" / PLUGIN_LIBRARY
+            library.unlink(missing_ok=True)  # one of an earlier build would have its kernels
+            if self.tensorrt:
+                shutil.copy2(self.facts_path().with_name(PLUGIN_LIBRARY), library)
 
     def facts_path(self):
         return Path(self.build_lib, "adm_rt", "_build.json")
 
     def get_outputs(self):
+        more = [self.facts_path(), self.facts_path().with_name(PLUGIN_LIBRARY)]
         return [path for path in super().get_outputs() if Path(path).exists()] + [
-            str(path) for path in [self.facts_path()] if path.exists() and not self.inplace
+            str(path) for path in more if path.exists() and not self.inplace
         ]
 
     def build_extensions(self):
@@ -221,6 +247,7 @@ class CMakeBuild(build_ext):
             f"-DADM_RT_VERSION={version}",
             f"-DCMAKE_BUILD_TYPE={'Debug' if self.debug else 'Release'}",
             f"-DADM_RT_CUDA={'ON' if self.cuda['enabled'] else 'OFF'}",
+            f"-DADM_RT_TENSORRT_INCLUDE={self.tensorrt or ''}",
             *(f"-D{name}={value}" for name, value in tools.items()),
         ]
         if ninja:
@@ -231,12 +258,15 @@ class CMakeBuild(build_ext):
         arguments += shlex.split(os.environ.get("CMAKE_ARGS", ""))
         subprocess.run([cmake, "-S", str(ROOT), "-B", str(build), *arguments], check=True)
         names = [extension.name.rpartition(".")[2] for extension in self.extensions]
+        targets = [*names, *(["adm_rt_trt"] if self.tensorrt else [])]
         jobs = str(self.parallel or job_count())
-        subprocess.run([cmake, "--build", str(build), "-j", jobs, "--target", *names], check=True)
+        subprocess.run([cmake, "--build", str(build), "-j", jobs, "--target", *targets], check=True)
         for extension, name in zip(self.extensions, names):
             target = Path(self.get_ext_fullpath(extension.name))
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(next(build.glob(f"{name}.*{target.suffix}")), target)
+        if self.tensorrt:
+            shutil.copy2(build / PLUGIN_LIBRARY, self.facts_path().with_name(PLUGIN_LIBRARY))
         self.write_facts(build, version)
 
     @staticmethod
@@ -259,6 +289,7 @@ class CMakeBuild(build_ext):
             "compiler": query([compiler, "--version"])[1].splitlines()[0],
             "cxx_flags": os.environ.get("CXXFLAGS", ""),
             "cuda": self.cuda,
+            "tensorrt_plugins": self.tensorrt is not None,
         }
         self.facts_path().write_text(json.dumps(facts, indent=2) + "\n")
 

@@ -36,10 +36,11 @@ def rows(args):
     args.failures = []
     print(_heading(library, gpu))
     result = []
-    for model in args.models:
-        networks = _networks(model)
-        for batch in args.batches:
-            result += _compare(args, library, gpu, model, networks, batch)
+    for ops in sorted(args.ops):  # functions first: a plugin library, once loaded, is in their way
+        for model in args.models:
+            networks = _networks(model)
+            for batch in args.batches:
+                result += _compare(args, library, gpu, model, networks, batch, ops)
     return result
 
 
@@ -53,8 +54,8 @@ def _networks(model):
     return made
 
 
-def _compare(args, library, gpu, model, networks, batch):
-    """Rows of one model and batch: every path against the torch engine."""
+def _compare(args, library, gpu, model, networks, batch, ops):
+    """Rows of one model, batch and path against the torch engine."""
     from adm_rt.engines.torch_engine import TorchEngine
 
     pair = networks["diffusion"], networks.get("classifier")
@@ -62,42 +63,36 @@ def _compare(args, library, gpu, model, networks, batch):
     work = _Work(networks, batch, args.steps, gpu)
     expected = {name: exact.to_numpy(call(exact)) for name, call in work.calls().items()}
     del exact
+    begin = time.perf_counter()
+    try:
+        engine = _engine(args, library, gpu, pair, batch, ops)
+        errors = {
+            name: _error(engine.to_numpy(call(engine)), expected[name])
+            for name, call in work.calls().items()
+        }
+    except (ImportError, RuntimeError, ValueError) as error:
+        args.failures.append(f"{model} batch {batch} {ops}: {error}")
+        return []
+    prepared = time.perf_counter() - begin
+    limit = LIMITS[args.dtype]
+    bad = [f"{name} {error:.2g}" for name, error in errors.items() if not error <= limit]
+    if bad:
+        args.failures.append(
+            f"{model} batch {batch} {ops}: differs from torch in float32 by {', '.join(bad)} of "
+            f"the largest value, allowed {limit:.0e}"
+        )
     baseline = TorchEngine(*pair, device=gpu.device, dtype=args.dtype)
     found = []
-    for ops in args.ops:
-        begin = time.perf_counter()
-        try:
-            engine = _engine(args, library, gpu, pair, batch, ops)
-            errors = {
-                name: _error(engine.to_numpy(call(engine)), expected[name])
-                for name, call in work.calls().items()
-            }
-        except (ImportError, RuntimeError, ValueError) as error:
-            args.failures.append(f"{model} batch {batch} {ops}: {error}")
-            continue
-        built = time.perf_counter() - begin
-        limit = LIMITS[args.dtype]
-        bad = [f"{name} {error:.2g}" for name, error in errors.items() if not error <= limit]
-        if bad:
-            args.failures.append(
-                f"{model} batch {batch} {ops}: differs from torch in float32 by {', '.join(bad)} "
-                f"of the largest value, allowed {limit:.0e}"
-            )
-        timed = {**work.calls(), "sample": work.sample}
-        for name, call in timed.items():
-            row = _row(args, library, gpu, model, batch, ops, name, built, errors.get(name))
-            functions = {
-                "ours": _synced(gpu, call, engine),
-                "baseline": _synced(gpu, call, baseline),
-            }
-            for function in functions.values():
-                function()  # loads, records
-            timings = testing.interleaved_timings(functions, args.rounds)
-            row["ours_ms"], row["baseline_ms"] = (timings[k].median for k in functions)
-            row["ratio"] = row["baseline_ms"] / row["ours_ms"]
-            found.append(row)
-            print(_line(row), flush=True)
-        del engine
+    for name, call in {**work.calls(), "sample": work.sample}.items():
+        row = _row(args, library, gpu, model, batch, ops, name, prepared, errors.get(name))
+        functions = {"ours": _synced(gpu, call, engine), "baseline": _synced(gpu, call, baseline)}
+        for function in functions.values():
+            function()  # loads, records
+        timings = testing.interleaved_timings(functions, args.rounds)
+        row["ours_ms"], row["baseline_ms"] = (timings[k].median for k in functions)
+        row["ratio"] = row["baseline_ms"] / row["ours_ms"]
+        found.append(row)
+        print(_line(row), flush=True)
     return found
 
 
@@ -163,7 +158,7 @@ def _synced(gpu, call, engine):
     return run
 
 
-def _row(args, library, gpu, model, batch, ops, name, built, error):
+def _row(args, library, gpu, model, batch, ops, name, prepared, error):
     return {
         "name": f"tensorrt {name} {ops}",
         "sizes": f"{model} batch {batch} {args.dtype}"
@@ -172,7 +167,7 @@ def _row(args, library, gpu, model, batch, ops, name, built, error):
         "device": gpu.identity,
         "max_error": error,
         "images": batch,
-        "prepared_s": built,
+        "prepared_s": prepared,
         "rounds": args.rounds,
         "library": str(library),
         "version": __version__,

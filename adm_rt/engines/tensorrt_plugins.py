@@ -10,13 +10,13 @@ there it is taken, because a Python plugin costs time in every call outside a gr
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib
 from pathlib import Path
 
 import numpy as np
 
 from adm_rt.engines import tensorrt_adapter
+from adm_rt.errors import EngineError
 from adm_rt.export.nodes import NODES, PLUGIN_NAMESPACE, PLUGIN_VERSION, T
 
 LIBRARY = Path(__file__).parents[1] / "libadm_rt_trt.so"
@@ -54,15 +54,26 @@ def choose_ops(library, ops):
 
 @contextlib.contextmanager
 def registered(library, ops):
-    """Within it a parsed or loaded graph finds our plugins ("plugins") or none of them."""
+    """Within it a parsed or loaded graph finds our plugins ("plugins") or none of them.
+
+    Raises EngineError where plugins of a library are in the way, which TensorRT does not hide.
+    """
     if ops == "plugins":
         register(library)
         yield
         return
-    hidden = [c for c in map(functools.partial(_find, library), NODES) if c is not None]
-    for creator in hidden:
-        library.registry.deregister_creator(creator)
+    hidden = []
     try:
+        for name in NODES:
+            creator = _find(library, name)
+            if creator is None:
+                continue
+            if not library.registry.deregister_creator(creator):
+                raise EngineError(
+                    f"ops='functions': a plugin library with {name} is loaded in this process, and "
+                    f"{library} would take its plugins; use a process of its own for functions"
+                )
+            hidden.append(creator)
         yield
     finally:
         for creator in hidden:

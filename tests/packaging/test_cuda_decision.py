@@ -149,3 +149,15 @@ def test_setup_stops_with_one_clear_line(tmp_path):
     assert "error: ADM_RT_CUDA=on, but /bin/false cannot compile" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "lib").exists()
+
+
+def test_the_plugin_library_is_built_where_headers_and_cuda_are(build, tmp_path):
+    cuda, none = {"enabled": True}, {"enabled": False, "reason": "ADM_RT_CUDA=off"}
+    assert build.tensorrt_include(none, {}) is None
+    env = {"ADM_RT_TENSORRT_INCLUDE": str(tmp_path)}
+    with pytest.raises(build.BuildError, match="not built .ADM_RT_CUDA=off.; build with"):
+        build.tensorrt_include(none, env)
+    with pytest.raises(build.BuildError, match="has no NvInferRuntime.h"):
+        build.tensorrt_include(cuda, env)
+    (tmp_path / "NvInferRuntime.h").touch()
+    assert build.tensorrt_include(cuda, env) == str(tmp_path)

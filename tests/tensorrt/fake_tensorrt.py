@@ -292,6 +292,8 @@ def make(name, version):
             return True
 
         def deregister_creator(self, creator):
+            if getattr(creator, "from_library", False):
+                return False
             self.creators = {k: c for k, c in self.creators.items() if c is not creator}
             return True
 

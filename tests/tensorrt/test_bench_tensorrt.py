@@ -62,7 +62,7 @@ def test_the_report(trt, tmp_path, capsys):
     rows = json.loads(file.read_text())
     names = ["denoise", "classifier_gradient", "sample"]
     assert [row["name"] for row in rows] == [
-        f"tensorrt {name} {ops}" for ops in ("plugins", "functions") for name in names
+        f"tensorrt {name} {ops}" for ops in ("functions", "plugins") for name in names
     ]
     for row in rows:
         assert row["device"] == "NVIDIA H200 sm_90" and row["library"] == "tensorrt 10.16.1"

@@ -8,6 +8,7 @@ import pytest
 
 from adm_rt.engines import tensorrt_plugins
 from adm_rt.engines.tensorrt_adapter import TensorRT
+from adm_rt.errors import EngineError
 from adm_rt.export.nodes import NODES, PLUGIN_NAMESPACE, PLUGIN_VERSION, T
 
 # N, H, W, C, groups of the norms; heads, head_dim, length, queries of the attention
@@ -267,6 +268,19 @@ def test_the_registry_has_the_plugins_where_they_are_wanted_and_only_there(trt, 
     with tensorrt_plugins.registered(library, "functions"):
         assert count() == 0
     assert count() == len(NODES)
+
+
+def test_plugins_of_a_library_cannot_be_hidden_which_is_said(trt, monkeypatch):
+    monkeypatch.setattr(tensorrt_plugins, "_registered", {})
+    library, registry = TensorRT(trt), trt.get_plugin_registry()
+    tensorrt_plugins.register(library, Kernels)
+    fixed = next(c for (name, *_), c in registry.creators.items() if name == "qkv_attention_new")
+    fixed.from_library = True
+    before = set(registry.creators)
+    with pytest.raises(EngineError, match="qkv_attention_new is loaded.*process of its own"):
+        with tensorrt_plugins.registered(library, "functions"):
+            raise AssertionError("inside")
+    assert set(registry.creators) == before  # the others are there again
 
 
 def test_the_compiled_library_comes_before_the_classes_here(trt, monkeypatch, tmp_path):

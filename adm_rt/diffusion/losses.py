@@ -118,9 +118,9 @@ def training_losses(
             with learned variances, the bound with the mean held fixed, so that it trains only the
             variances; "rescaled_mse" weighs the bound by num_timesteps/1000; "kl": the bound alone;
             "rescaled_kl": the bound times num_timesteps.
-        snr_weight: multiplies the squared error of an x0 target by the signal-to-noise ratio
-            clamped to [1, 5]: between truncated SNR (Salimans & Ho 2022, section 4) and min-SNR-5
-            (Hang et al. 2023). Other targets and losses: ValueError.
+        snr_weight: multiplies the squared error of an x0 target by the signal-to-noise ratio,
+            at least 1 (truncated SNR: Salimans & Ho 2022, section 4) and at most 1000, whose noise
+            is 4 levels of 255. Other targets and losses: ValueError.
 
     Returns:
         dict of [N] tensors: ``loss`` to be averaged and differentiated; ``mse``; ``vb`` in bits as
@@ -154,7 +154,7 @@ def training_losses(
     loss = mse
     if snr_weight:
         alpha2 = gaussian.extract(diffusion.alphas_cumprod, t, x0).flatten()
-        loss = mse * (alpha2 / (1.0 - alpha2)).clamp(1.0, 5.0)
+        loss = mse * (alpha2 / (1.0 - alpha2)).clamp(1.0, 1000.0)
     if v is None:
         with torch.no_grad():
             vb = vb_terms_bpd(diffusion, out, x0, x_t, t)

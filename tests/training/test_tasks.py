@@ -126,8 +126,8 @@ def test_snr_weight_weighs_the_error_of_x0():
     got = losses_of(DiffusionTask(diffusion, Images(), False, snr_weight=True), Recorder())
     plain = losses_of(DiffusionTask(diffusion, Images(), False), Recorder())
     alpha2 = torch.from_numpy(diffusion.alphas_cumprod.copy())[got["t"]]
-    weight = (alpha2 / (1 - alpha2)).clamp(1, 5).float()
-    assert weight.min() == 1 and weight.max() == 5
+    weight = (alpha2 / (1 - alpha2)).clamp(1, 1000).float()
+    assert weight.min() == 1 < weight.max()
     torch.testing.assert_close(got["loss"], weight * got["mse"] + got["vb"])
     torch.testing.assert_close(plain["loss"], got["mse"] + got["vb"])
     with pytest.raises(ValueError, match="snr_weight is for the mse of x0; .* eps"):

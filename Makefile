@@ -19,7 +19,8 @@ help:
 	@echo "make test      the whole test suite (PYTEST_ARGS=... for a part of it)"
 	@echo "make lint      ruff and clang-format, checks only;  make format  applies them"
 	@echo "make bench     the three ops against plain torch on this machine -> build/bench_ops.json"
-	@echo "make gpu       builds with CUDA (ADM_RT_CUDA=on) and runs the tests of the CUDA kernels"
+	@echo "make gpu       on a machine with an NVIDIA GPU: build for it, tests, compute-sanitizer, benchmarks"
+	@echo "               (ONLY=build,tests,sanitizer,ops  DRY_RUN=1); installs nothing"
 	@echo "make install   .venv with the built package;  make clean  removes .venv and what was built"
 	@echo
 	@echo "PYTHON=python3.12   which Python makes .venv        PIP_ARGS=...   further pip arguments"
@@ -87,12 +88,11 @@ bench: install
 	@mkdir -p build
 	$(BIN)/python benchmarks/bench_ops.py --json build/bench_ops.json
 
-gpu: $(VENV)/.tools
-	ADM_RT_CUDA=on $(BIN)/python setup.py -q build_ext --inplace
-	@touch $(VENV)/.built
-	$(MAKE) install
-	$(BIN)/python -m pytest -rs -k "cuda or gpu" tests
-	@echo "make gpu: guided_mean_update is the only op with a CUDA kernel so far; the CUDA benchmarks come with the others"
+# Downloads nothing: the .venv if there is one, else PYTHON with torch, cmake, ninja, pybind11, pytest.
+GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+
+gpu:
+	$(GPU_PYTHON) benchmarks/gpu.py $(if $(ONLY),--only $(ONLY)) $(if $(DRY_RUN),--dry-run) $(GPU_ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info adm_rt/_build.json adm_rt/_C.*.so adm_rt/_cuda.*.so samples

@@ -1,6 +1,10 @@
 // Kernels with one bug each, beside the same kernel without it: test_planted_bugs.py shows that the
-// emulator lets the right one pass and catches the other. C interface for ctypes.
+// emulator lets the right one pass and catches the other. C interface for ctypes. Built by nvcc
+// with ADM_RT_PLANTED_MAIN it is a program for compute-sanitizer on a GPU (tests/gpu): name, 0
+// or 1.
+#if !defined(__CUDACC__)
 #define ADM_RT_EMULATOR
+#endif
 #include <cstring>
 #include <exception>
 #include <string>
@@ -192,8 +196,12 @@ const char* error_text() { return error.c_str(); }
 
 // in and out: float [512], 16-byte aligned.
 int run(const char* which, int bug, int schedule, unsigned seed, const float* in, float* out) {
+#if defined(ADM_RT_EMULATOR)
   simt::Emulator::get().schedule = static_cast<simt::Schedule>(schedule);
   simt::Emulator::get().seed = seed;
+#else
+  static_cast<void>(schedule), static_cast<void>(seed);
+#endif
   const std::string name = which;
   const simt::Launch shape = {which, 1, 1, 1, kThreads, 8192};
   const simt::Launch two_blocks = {which, 2, 1, 1, kThreads, 8192};
@@ -226,3 +234,17 @@ int run(const char* which, int bug, int schedule, unsigned seed, const float* in
 }
 
 }  // extern "C"
+
+#if defined(ADM_RT_PLANTED_MAIN)
+// name, whether with the bug, whether `in` is written first: exit status 0 when the kernel ran.
+int main(int count, char** arguments) {
+  if (count != 4) return 2;
+  float *in = nullptr, *out = nullptr;
+  if (cudaMalloc(&in, 512 * 4) != cudaSuccess || cudaMalloc(&out, 512 * 4) != cudaSuccess) return 3;
+  if (arguments[3][0] == '1') cudaMemset(in, 0, 512 * 4);
+  const int failed = run(arguments[1], arguments[2][0] == '1', 0, 0, in, out);
+  const cudaError_t error = cudaDeviceSynchronize();
+  cudaFree(in), cudaFree(out);
+  return failed ? 4 : error == cudaSuccess ? 0 : 5;
+}
+#endif

@@ -319,6 +319,37 @@ def test_a_captured_run_is_the_run_step_by_step(ten, networks, cache, sampler):
     assert gpu.captures == 4  # another batch, another scale, other options
 
 
+@pytest.mark.parametrize(
+    "sampler, options",
+    [
+        ("ddpm", {"clip": "dynamic"}),
+        ("ddim", {"eta": 0.7, "guidance_interval": (200, 800), "guidance_every": 2}),
+        ("dpmpp_2m", {"clip": "dynamic", "quantile": 0.9}),
+        ("dpmpp_2m", {"cfg_scale": 2.0, "null_label": 4}),
+        ("unipc", {"clip": "none"}),
+    ],
+)
+def test_every_option_can_be_recorded(ten, networks, cache, sampler, options):
+    gpu = FakeGpu()
+    engine = make(ten, networks, cache, gpu)
+    run, plain, _ = run_both(engine, sampler, **options)
+    assert gpu.captures == 1, engine.notes  # nothing waited for the GPU
+    assert torch.equal(run.x, plain)
+
+
+def test_what_waits_for_the_gpu_cannot_be_recorded(ten, networks, cache, monkeypatch):
+    run = TensorRTEngine.denoise
+
+    def waits(self, x, t, y=None, low_res=None):
+        float(x.sum())
+        return run(self, x, t, y, low_res)
+
+    monkeypatch.setattr(TensorRTEngine, "denoise", waits)
+    engine = make(ten, networks, cache)
+    assert run_both(engine, "ddim")[0] is None
+    assert "not permitted when stream is capturing" in engine.notes[-1]
+
+
 def test_the_networks_run_before_the_recording_begins(ten, networks, cache):
     gpu = FakeGpu()
     engine, order = make(ten, networks, cache, gpu), []

@@ -53,6 +53,7 @@ inline simt::Launch qkv_grid(const QkvAttentionShape& s, unsigned blocks, size_t
   launch.blocks_z = static_cast<unsigned>(s.batch);
   launch.threads = kQkvThreads;
   launch.shared_bytes = shared_bytes;
+  launch.programmatic = true;
   return launch;
 }
 

@@ -92,7 +92,7 @@ void launch(const Launch& shape, void* stream, Args... args) {
   cudaLaunchAttribute attribute = {};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;
-  if (shape.programmatic) {
+  if (shape.programmatic && compute_capability(shape.name) >= 90) {
     config.attrs = &attribute;
     config.numAttrs = 1;
   }

@@ -95,4 +95,4 @@ gpu:
 	$(GPU_PYTHON) benchmarks/gpu.py $(if $(ONLY),--only $(ONLY)) $(if $(DRY_RUN),--dry-run) $(GPU_ARGS)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info adm_rt/_build.json adm_rt/_C.*.so adm_rt/_cuda.*.so samples
+	rm -rf $(VENV) build dist *.egg-info adm_rt/_build.json adm_rt/_C.*.so adm_rt/_cuda.*.so adm_rt/libadm_rt_trt.so samples

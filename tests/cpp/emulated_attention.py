@@ -127,7 +127,7 @@ def unset(shape, dtype, offset=0):
 class Run:
     """Forward and backward pass of a case; results as float32 in channel-major order."""
 
-    def __init__(self, cuda, case, qkv=None, grad=None, *, offset=0, backward=True):
+    def __init__(self, cuda, case, qkv=None, grad=None, *, offset=0):
         self.case, self.offset = case, offset
         drawn = case.inputs()
         qkv = drawn[0] if qkv is None else qkv
@@ -139,14 +139,13 @@ class Run:
         stats = unset((case.batch, case.heads, 2, case.queries), FLOAT32)
         cuda.qkv_attention(memory.ctypes.data, out.ctypes.data, stats.ctypes.data, *sizes)
         self.out, self.stats = self._values(out), stats
-        if backward:
-            dqkv = self._empty(3 * width, case.length)
-            bytes_ = cuda.qkv_attention_backward_workspace(case.batch, case.heads, case.queries)
-            workspace = unset((bytes_ // 4,), FLOAT32)
-            grad = self._place(grad)
-            arrays = (grad, memory, out, stats, dqkv, workspace)
-            cuda.qkv_attention_backward(*(array.ctypes.data for array in arrays), *sizes)
-            self.dqkv = self._values(dqkv)
+        dqkv = self._empty(3 * width, case.length)
+        size = cuda.qkv_attention_backward_workspace(case.batch, case.heads, case.queries)
+        workspace = unset((size // 4,), FLOAT32)
+        grad = self._place(grad)
+        arrays = (grad, memory, out, stats, dqkv, workspace)
+        cuda.qkv_attention_backward(*(array.ctypes.data for array in arrays), *sizes)
+        self.dqkv = self._values(dqkv)
 
     def _empty(self, channels, tokens):
         token_major = self.case.layout == TOKEN_MAJOR

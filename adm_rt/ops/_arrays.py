@@ -32,7 +32,8 @@ def is_dlpack(value):
 def through_dlpack(function, arrays, **options):
     """``function(*arrays, **options)`` on views of DLPack arrays -> its result in their library.
 
-    arrays: name -> array or None, in order; the first decides the library and the device. Raises
+    arrays: name -> array or None, in order; the first decides the library and the device. A tuple
+    of results goes back part by part, None as None. Raises
     TypeError for one that is no DLPack array, ValueError for one on another device.
     """
     first, x = next(iter(arrays.items()))
@@ -52,7 +53,10 @@ def through_dlpack(function, arrays, **options):
             )
     view = _viewer(first, x, device[0])
     result = function(*(None if a is None else view(a) for a in arrays.values()), **options)
-    return _returner(x)(result)
+    back = _returner(x)
+    if isinstance(result, tuple):
+        return tuple(None if part is None else back(part) for part in result)
+    return back(result)
 
 
 def _viewer(name, x, device_type):

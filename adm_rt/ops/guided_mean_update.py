@@ -1,13 +1,15 @@
 """The op that ends every sampler step: x0, clip, guidance, linear update and noise in one pass."""
 
 import functools
+import importlib
 import math
 from typing import NamedTuple
 
 import numpy as np
 
+from adm_rt.ops._arrays import is_cupy, is_dlpack, through_dlpack
 from adm_rt.ops._backend import reference_forced
-from adm_rt.ops._library import cuda_extension, cuda_stream, define, extension
+from adm_rt.ops._library import define, extension
 from adm_rt.ops.philox import STEP_NOISE, _word, as_seeds, philox_normal
 
 CLIPS = ("none", "static", "dynamic")  # the position is the code in C++
@@ -90,8 +92,8 @@ def guided_mean_update(
 ):
     """One sampler step after the networks have run.
 
-    All tensors are torch tensors on one device, or all are NumPy arrays. ``StepCoefficients`` tells
-    which coefficient does what.
+    All tensors are torch tensors on one device, or all are NumPy arrays, or CuPy arrays, or arrays
+    of one library that speaks DLPack. ``StepCoefficients`` tells which coefficient does what.
 
     * x [N, C, H, W] float32: the noisy images.
     * model_output [N, C or 2C, H, W] float32, bfloat16 or float16: the prediction and, where the
@@ -109,13 +111,21 @@ def guided_mean_update(
     the row's state coefficients are all zero.
 
     One pass over memory on the CPU (AVX-512, AVX2 or portable, equal bits) and one CUDA kernel (two
-    more for "dynamic"; not measured on a GPU yet). Inference only: the kernels have no derivative.
+    more for "dynamic"; not measured on a GPU yet), which reads model outputs and gradients of
+    channels_last networks and of bfloat16 or float16 as they lie, on torch's or CuPy's current
+    stream. Inference only: the kernels have no derivative.
     Tensors that require grad while grad mode is on, float64 inputs and everything inside
     ``use_reference()`` go to ``reference.guided_mean_update``, which has one; float64 NumPy arrays
     pass through torch there.
 
     Raises ValueError or TypeError naming the argument.
     """
+    if is_dlpack(x) or is_cupy(x) and reference_forced():
+        return _dlpack(
+            x, model_output, coefficients, gradient, uncond_output, history, noise,
+            seeds=seeds, step=step, learned_variance=learned_variance, clip=clip,
+            quantile=quantile,
+        )  # fmt: skip
     tensors = {"model_output": model_output, "gradient": gradient, "uncond_output": uncond_output}
     tensors.update({f"history[{j}]": tensor for j, tensor in enumerate(history)})
     tensors["noise"] = noise
@@ -140,6 +150,8 @@ def guided_mean_update(
     }
     if isinstance(x, np.ndarray):
         return _numpy(x, model_output, coefficients, **arguments)
+    if is_cupy(x):
+        return _cuda_side().cupy(x, model_output, coefficients, **arguments)
     return _torch(x, model_output, coefficients, **arguments)
 
 
@@ -182,18 +194,24 @@ def _check(x, tensors, coefficients, learned_variance, clip, quantile):
     if len(tensors) > 7:  # four others and three of history
         raise ValueError("history has more than three tensors; no solver here uses that many")
     n, channels, height, width = x.shape
-    is_numpy = isinstance(x, np.ndarray)
+    is_numpy, is_tensor = isinstance(x, np.ndarray), hasattr(x, "is_floating_point")
+    if is_cupy(x) and str(x.dtype) != "float32":
+        raise TypeError(f"x is a CuPy array of {x.dtype}; give float32")
     for name, tensor in tensors.items():
         if tensor is None:
             continue
-        if isinstance(tensor, np.ndarray) != is_numpy or not hasattr(tensor, "shape"):
+        if (
+            isinstance(tensor, np.ndarray) != is_numpy
+            or is_cupy(tensor) != is_cupy(x)
+            or not hasattr(tensor, "shape")
+        ):
             raise TypeError(
                 f"{name} is a {type(tensor).__name__} and x a {type(x).__name__}; give either "
-                "torch tensors or NumPy arrays"
+                "torch tensors or NumPy arrays, or arrays of one other library"
             )
         if not is_numpy and tensor.device != x.device:
             raise ValueError(f"{name} is on {tensor.device} and x on {x.device}; move one of them")
-        if not (tensor.dtype.kind == "f" if is_numpy else tensor.is_floating_point()):
+        if not (tensor.is_floating_point() if is_tensor else tensor.dtype.kind == "f"):
             raise TypeError(f"{name} is {tensor.dtype}; it must be floating point")
         shape = tensor.shape
         widths = (channels, 2 * channels) if name.endswith("_output") else (channels,)
@@ -292,6 +310,41 @@ def _numpy_reference(x, model_output, coefficients, **arguments):
     return tuple(None if result is None else result.numpy() for result in results)
 
 
+# ---- Arrays of other libraries ----
+
+
+@functools.cache
+def _cuda_side():
+    return importlib.import_module("adm_rt.ops._guided_mean_update_cuda")
+
+
+def _dlpack(
+    x, model_output, coefficients, gradient, uncond_output, history, noise, *, seeds, **options
+):
+    """On views; seeds may be such an array too."""
+    on_device = hasattr(seeds, "__dlpack_device__") and not isinstance(seeds, np.ndarray)
+    if is_cupy(x):
+        importlib.import_module("torch")  # reference.py is torch: view the arrays with that
+    arrays = {
+        "x": x,
+        "model_output": model_output,
+        "gradient": gradient,
+        "uncond_output": uncond_output,
+        "noise": noise,
+        "seeds": seeds if on_device else None,
+        **{f"history[{j}]": array for j, array in enumerate(history)},
+    }
+
+    def on_views(x, model_output, gradient, uncond_output, noise, viewed_seeds, *history):
+        return guided_mean_update(
+            x, model_output, coefficients, gradient=gradient, uncond_output=uncond_output,
+            history=history, noise=noise, seeds=seeds if viewed_seeds is None else viewed_seeds,
+            **options,
+        )  # fmt: skip
+
+    return through_dlpack(on_views, arrays)
+
+
 # ---- torch ----
 
 
@@ -381,7 +434,7 @@ def register():
     The public function's arguments in order, coefficients as 18 floats; an absent state is an empty
     tensor. The public function checks; this trusts.
     """
-    return define(_SCHEMA, cpu=_cpu, cuda=_cuda, fake=_fake)
+    return define(_SCHEMA, cpu=_cpu, cuda=_cuda_side().torch_op, fake=_fake)
 
 
 def _fake(x, model_output, coefficients, *arguments):
@@ -391,20 +444,6 @@ def _fake(x, model_output, coefficients, *arguments):
 
 def _cpu(x, model_output, coefficients, *arguments):
     return _run(extension().guided_mean_update, x, model_output, coefficients, *arguments)
-
-
-def _cuda(x, model_output, coefficients, *arguments):
-    import torch
-
-    module = cuda_extension()
-    with cuda_stream(x) as stream:
-        # Thresholds of dynamic clipping; the caching allocator orders its reuse by stream.
-        limits = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
-
-        def run(*positional):
-            module.guided_mean_update(*positional, limits.data_ptr(), stream)
-
-        return _run(run, x, model_output, coefficients, *arguments)
 
 
 def _run(

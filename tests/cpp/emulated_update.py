@@ -148,3 +148,40 @@ class Case:
 def assert_equal_bits(got, expected):
     for name, a, b in zip(("x_next", "x0", "state"), got, expected):
         np.testing.assert_array_equal(a.view(np.uint32), b.view(np.uint32), err_msg=name)
+
+
+class EmulatedCuda:
+    """The functions of adm_rt._cuda on host memory."""
+
+    def __init__(self, library):
+        self.library = library
+        self.calls = []  # (dtypes, by_pixels) of each
+
+    def guided_mean_update_step(
+        self, row, shape, inputs, outputs, dtypes, step, learned, clip, quantile, device, by_pixels,
+        copies, image, stream,
+    ):  # fmt: skip
+        assert copies == [] and stream == 0
+        self.calls.append((tuple(dtypes), tuple(by_pixels)))
+        table, counter, arrivals, limits = device
+        layout = [*map(int, by_pixels), 0, BFLOAT16, 0, BFLOAT16]
+        addresses = [table, counter, arrivals, limits, 0, 0, image]
+        failed = self.library.run_update(
+            pointer(np.array(row, np.float32)),
+            pointer(np.array(shape, np.int64)),
+            pointer(np.array(inputs, np.uint64)),
+            pointer(np.array(outputs, np.uint64)),
+            pointer(np.array(dtypes, np.int32)),
+            ctypes.c_uint32(step),
+            int(learned),
+            clip,
+            ctypes.c_double(quantile),
+            pointer(np.array(addresses, np.uint64)),
+            pointer(np.array(layout, np.int32)),
+            1,
+            0,
+            -1,
+            ctypes.byref(ctypes.c_int()),
+        )
+        if failed:
+            raise ValueError(self.library.error_text().decode())

@@ -9,7 +9,7 @@ import torch
 
 from adm_rt import ops
 from adm_rt.ops import reference
-from adm_rt.ops._library import extension, extension_available
+from adm_rt.ops._library import cuda_extension, extension, extension_available
 from adm_rt.ops.guided_mean_update import (
     CLIPS,
     StepCoefficients,
@@ -495,11 +495,10 @@ def test_coefficients():
 
 def test_cuda_without_its_module_says_why(monkeypatch):
     """The message, not the device: there is no CUDA tensor to be had here."""
-    module = sys.modules["adm_rt.ops.guided_mean_update"]
     monkeypatch.setitem(sys.modules, "adm_rt._cuda", None)
-    module.cuda_extension.cache_clear()
+    cuda_extension.cache_clear()
     try:
         with pytest.raises(ImportError, match="ADM_RT_CUDA=on pip install"):
-            module.cuda_extension()
+            cuda_extension()
     finally:
-        module.cuda_extension.cache_clear()
+        cuda_extension.cache_clear()

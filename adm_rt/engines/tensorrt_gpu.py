@@ -12,14 +12,18 @@ class TorchGpu:
     """One CUDA device. Raises ValueError, with the way out, where there is none."""
 
     def __init__(self, device="auto"):
-        if device == "auto" and not torch.cuda.is_available():
-            device = "cuda"  # for the error that says what is missing
-        resolved = resolve_device(device)
-        if resolved.type != "cuda":
+        if device == "cpu":
             raise ValueError(
-                f"device={device!r}: the TensorRT engine runs on 'cuda' only; on the CPU use "
+                "device='cpu': the TensorRT engine runs on 'cuda' only; on the CPU use "
                 "engine='native'"
             )
+        if not torch.cuda.is_available():
+            why = "is built without CUDA" if torch.version.cuda is None else "sees no GPU"
+            raise ValueError(
+                f"engine='tensorrt' needs an NVIDIA GPU that torch can use, but torch "
+                f"{torch.__version__} {why}; on the CPU use engine='native'"
+            )
+        resolved = resolve_device(device)
         index = torch.cuda.current_device() if resolved.index is None else resolved.index
         self.torch_device = torch.device("cuda", index)
         self.device = str(self.torch_device)

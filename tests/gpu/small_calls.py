@@ -23,6 +23,16 @@ def norms(dtype):
             y = ops.ada_group_norm(x, weight, bias, scale_shift, silu=silu)
             torch.autograd.grad(y, [x], torch.ones_like(y), retain_graph=True)
             y.backward(torch.ones_like(y))
+    for channels, resample in ((64, "down"), (36, "up"), (64, "up")):
+        for layout in (torch.contiguous_format, torch.channels_last):
+            x = torch.randn(2, channels, 6, 8, device="cuda").to(dtype).requires_grad_()
+            skip = x.detach().contiguous(memory_format=layout)
+            parameters = torch.randn(2, 2 * channels, device="cuda")
+            first, groups = x.contiguous(memory_format=layout), 12 if channels == 36 else 32
+            y, x_out = ops.ada_group_norm_resample(
+                first, *parameters, groups=groups, skip=skip, resample=resample
+            )
+            (y.sum() + x_out.sum()).backward()
 
 
 def attentions(dtype):

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from adm_rt import benchmarking, ops, testing
 from adm_rt.benchmarking import baselines, machine
 from adm_rt.diffusion import Diffusion
-from adm_rt.ops import StepCoefficients, reference
+from adm_rt.ops import reference
 from adm_rt.samplers.ddim import coefficients as ddim_coefficients
 from adm_rt.samplers.ddpm import coefficients as ddpm_coefficients
 from adm_rt.testing import AdaGroupNormCase, AttentionCase, UpdateCase
@@ -48,7 +48,7 @@ UPDATES = (
 SMALL = {
     "ada_group_norm": (AdaGroupNormCase(1, 64, 8, 8),),
     "qkv_attention": (AttentionCase(1, 1, 64, 64, "new"),),
-    "guided_mean_update": (UpdateCase(1, 8, "ddim", guided=True),),
+    "guided_mean_update": (UpdateCase(1, 8, "ddim", True), UpdateCase(1, 8, "ddpm", True)),
 }
 # Ours may be off from float64 by this much more than the baseline is (16-bit types; float32).
 FACTOR, FLOOR = 2.0, 2e-3
@@ -158,41 +158,44 @@ def attention_contests(case, dtype, device):
 
 
 def update_contests(case, dtype, device):
-    """One guided step on float32 images; the baseline is a torch sequence with its coefficients on
-    the device already, which the published code's are not."""
+    """One guided step on float32 images and what channels_last networks of that dtype return. The
+    baseline is the torch sequence with its coefficients at hand, which the published code's are
+    not: it copies each from the host."""
     torch.manual_seed(0)
     diffusion = Diffusion(noise_schedule="linear", timestep_respacing="25")
     row_of = {"ddpm": ddpm_coefficients, "ddim": ddim_coefficients}[case.sampler]
     row = row_of(diffusion, diffusion.num_timesteps // 2, 1.0 if case.guided else 0.0)
-    row = StepCoefficients(*row)
     shape = (case.batch, 3, case.size, case.size)
-    x, gradient, noise = (torch.randn(shape, device=device) for _ in range(3))
-    out = torch.randn(case.batch, 6, case.size, case.size, device=device)
+
+    def networks(channels):
+        values = torch.randn(case.batch, channels, case.size, case.size, device=device).to(dtype)
+        return values.contiguous(memory_format=torch.channels_last)
+
+    x, out = torch.randn(shape, device=device), networks(6)
+    gradient = networks(3) if case.guided else None
     seeds = torch.arange(case.batch, device=device)
     learned = case.sampler == "ddpm"
-    guide = gradient if case.guided else None
-    read = x.numel() * 4 * (3 + learned) + x.numel() * 8
-    options = {"gradient": guide, "learned_variance": learned}
+    # x, the prediction, variances and gradient in; x_next and x0 out.
+    traffic = x.numel() * (12 + out.element_size() * (1 + learned + case.guided))
 
-    def plain(noise=noise, wide=None):
-        tensors = [t if wide is None or t is None else t.to(wide) for t in (x, out, guide, noise)]
-        options["gradient"] = tensors[2]
+    def ours():
+        options = {"gradient": gradient, "learned_variance": learned}
+        return ops.guided_mean_update(x, out, row, seeds=seeds, step=3, **options)[0]
+
+    def plain(kind=torch.float32):
+        tensors = [t if t is None else t.to(kind) for t in (x, out, gradient)]
+        noise = torch.randn_like(tensors[0]) if row.noise else None
         return reference.guided_mean_update(
-            tensors[0], tensors[1], row, noise=tensors[3], **options
+            *tensors[:2], row, gradient=tensors[2], noise=noise, learned_variance=learned
         )[0]
-
-    def draws():
-        return plain(torch.randn_like(x)) if row.noise else plain()
 
     yield Contest(
         "guided_mean_update",
-        f"{case.batch}x3x{case.size}x{case.size} {case.sampler}{' guided' * case.guided}",
-        lambda: ops.guided_mean_update(
-            x, out, row, seeds=seeds, step=3, **{**options, "gradient": guide}
-        )[0],
-        {"eager": draws},
-        None,
-        (read / 1e12, "TB/s"),
+        f"{'x'.join(map(str, shape))} {case.sampler}{' guided' * case.guided} {str(dtype)[6:]}",
+        ours,
+        {"eager": plain},
+        None if row.noise else lambda: plain(torch.float64),  # the noises differ
+        (traffic / 1e12, "TB/s"),
     )
 
 

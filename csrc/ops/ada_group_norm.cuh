@@ -17,7 +17,8 @@
 
 namespace adm_rt {
 
-constexpr int kNormUnroll = 4;  // loads that a thread has on their way
+constexpr int kNormUnroll = 4;       // loads that a thread has on their way
+constexpr int kNormApplyBlocks = 3;  // on a multiprocessor, by their registers
 
 // Per channel lane: mean, sum of squared deviations; then the number of pixels.
 template <int kLanes>
@@ -85,7 +86,7 @@ ADM_RT_DEVICE void thread_moments(const Load& load, int first, int end, int step
 // Grid: chunks, slabs of the channels [begin, end), images. partial [batch, chunks, 2, channels]:
 // means, then sums of squared deviations; of a single chunk the moments themselves.
 template <class Access>
-ADM_RT_KERNEL_BOUNDS(kNormThreads, 3)
+ADM_RT_KERNEL_BOUNDS(kNormThreads, 4)
 norm_moments_kernel(const ADM_RT_GRID_CONSTANT NormArgs a, const Access access,
                     const NormPair<const void> input, int begin, int end, int chunk_pixels,
                     float* partial) {
@@ -143,11 +144,13 @@ ADM_RT_KERNEL norm_merge_moments_kernel(const float* partial, int chunks, int ch
   const float inverse = 1.0f / static_cast<float>(pixels);
   const float origin = active ? chunk0[0] : 0.0f;
   float sum = 0.0f;
+  ADM_RT_UNROLL_BY(4)
   for (int k = part; active && k < chunks; k += parts) {
     sum += pixels_of(k) * (chunk0[static_cast<int64_t>(k) * 2 * channels] - origin);
   }
   const float mean = origin + sum_over_parts(sum, scratch) * inverse;
   float squares = 0.0f;
+  ADM_RT_UNROLL_BY(4)
   for (int k = part; active && k < chunks; k += parts) {
     const float* const chunk = chunk0 + static_cast<int64_t>(k) * 2 * channels;
     const float delta = chunk[0] - mean;
@@ -313,7 +316,7 @@ ADM_RT_DEVICE void write_outputs(const NormArgs& a, const Access& access, const 
 
 // Grid: along the pixels, slabs, images.
 template <class Access>
-ADM_RT_KERNEL_BOUNDS(kNormThreads, 3)
+ADM_RT_KERNEL_BOUNDS(kNormThreads, kNormApplyBlocks)
 norm_apply_kernel(const ADM_RT_GRID_CONSTANT NormArgs a, const Access access,
                   const NormPair<const void> input, const NormMomentsView moments,
                   const NormModulation modulation, const NormOutputs out) {

@@ -13,6 +13,7 @@
 namespace adm_rt {
 
 constexpr int kNormParameterThreads = 128;
+constexpr int kNormBackwardBlocks = 2;  // on a multiprocessor, by their registers
 
 struct NormBackwardInputs {
   const void* grad;        // like the output
@@ -198,7 +199,7 @@ struct AddSums {
 
 // Grid: chunks, slabs, images. partial [batch, chunks, 2, channels].
 template <class Access>
-ADM_RT_KERNEL_BOUNDS(kNormThreads, 2)
+ADM_RT_KERNEL_BOUNDS(kNormThreads, kNormBackwardBlocks)
 norm_backward_sums_kernel(const ADM_RT_GRID_CONSTANT NormArgs a, const Access access,
                           const NormBackwardInputs in, const NormModulation modulation,
                           int chunk_pixels, float* partial) {
@@ -242,6 +243,7 @@ ADM_RT_KERNEL norm_merge_sums_kernel(const float* partial, int chunks, int chann
   simt::wait_for_previous_kernel();
 
   float sum = 0.0f;
+  ADM_RT_UNROLL_BY(4)
   for (int k = part; active && k < chunks; k += parts) {
     sum += partial[(image * chunks + k) * 2 * channels + at];
   }
@@ -297,7 +299,7 @@ ADM_RT_DEVICE void write_dx(const NormArgs& a, const Access& access, const NormP
 
 // Grid: along the pixels, slabs, images. sums [batch, 2, channels].
 template <class Access>
-ADM_RT_KERNEL_BOUNDS(kNormThreads, 2)
+ADM_RT_KERNEL_BOUNDS(kNormThreads, kNormBackwardBlocks)
 norm_backward_apply_kernel(const ADM_RT_GRID_CONSTANT NormArgs a, const Access access,
                            const NormBackwardInputs in, const NormModulation modulation,
                            const float* sums, const NormPair<void> out) {
@@ -329,7 +331,7 @@ norm_backward_apply_kernel(const ADM_RT_GRID_CONSTANT NormArgs a, const Access a
 
 // Grid: 1, slabs of whole groups, images. sums [batch, 2, channels], or null: not wanted.
 template <class Access>
-ADM_RT_KERNEL_BOUNDS(kNormThreads, 2)
+ADM_RT_KERNEL_BOUNDS(kNormThreads, kNormBackwardBlocks)
 norm_backward_slab_kernel(const ADM_RT_GRID_CONSTANT NormArgs a, const Access access,
                           const NormBackwardInputs in, const NormModulation modulation, float* sums,
                           const NormPair<void> out) {

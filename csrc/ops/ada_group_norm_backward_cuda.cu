@@ -57,7 +57,10 @@ void run_backward(const AdaGroupNormCudaBackwardParams& p, const Access& access,
     }
   }
   if (!done && p.dx != nullptr) {
-    simt::Launch launch = norm_launch(tiling, norm_apply_blocks(tiling, args.pixels, 2), s.batch);
+    const int64_t resident = kNormBackwardBlocks * simt::multiprocessors("ada_group_norm_backward");
+    const int unroll = s.resample == Resample::kNearestUp ? 1 : 2;
+    simt::Launch launch = norm_launch(
+        tiling, norm_apply_blocks(tiling, args.pixels, unroll, s.batch, resident), s.batch);
     launch.shared_bytes = 2 * simt::shared_bytes<float>(args.slab_groups);
     simt::launch<norm_backward_apply_kernel<Access>>(launch, stream, args, access, in, modulation,
                                                      static_cast<const float*>(sums),

@@ -64,10 +64,11 @@ void run_forward(const AdaGroupNormCudaParams& p, const Access& access, const No
 
   const NormTiling tiling = norm_tiling(s.channels, Access::kLanes, s.layout);
   const NormArgs args = norm_args(s, tiling, Access::kLanes);
-  const bool resamples = s.resample != Resample::kNone;
-  const int64_t turns = std::min(args.pixels, args.out_pixels);
+  const int64_t resident = kNormApplyBlocks * simt::multiprocessors("ada_group_norm");
+  const int unroll = s.resample == Resample::kNone ? kNormUnroll : 1;
+  const int64_t pixels = std::min(args.pixels, args.out_pixels);
   simt::Launch launch =
-      norm_launch(tiling, norm_apply_blocks(tiling, turns, resamples ? 1 : kNormUnroll), s.batch);
+      norm_launch(tiling, norm_apply_blocks(tiling, pixels, unroll, s.batch, resident), s.batch);
   launch.shared_bytes = 2 * simt::shared_bytes<float>(args.slab_groups);
   simt::launch<norm_apply_kernel<Access>>(launch, stream, args, access, input, view, modulation,
                                           out);

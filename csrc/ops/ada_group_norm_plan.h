@@ -67,11 +67,17 @@ inline NormChunks norm_chunks(const AdaGroupNormCudaShape& s) {
   return {static_cast<int>((pixels + size - 1) / size), static_cast<int>(size)};
 }
 
-// Blocks along the pixels of a kernel that keeps nothing between them.
-inline unsigned norm_apply_blocks(const NormTiling& tiling, int64_t pixels, int unroll) {
+// Blocks along the pixels of a kernel that keeps nothing between them, so that their number does
+// not show in the result. `resident`: the blocks that run at the same time on the device. Few
+// images: as many blocks as run at once, of equal size. Many: several rounds of them, for the last
+// is short.
+inline unsigned norm_apply_blocks(const NormTiling& tiling, int64_t pixels, int unroll,
+                                  int64_t batch, int64_t resident) {
   const int64_t turns = (pixels + tiling.rows * unroll - 1) / (tiling.rows * unroll);
-  const int64_t most = std::max<int64_t>(1, kNormBlocksPerImage / tiling.slabs);
-  return static_cast<unsigned>(std::min(turns, most));
+  const int64_t columns = tiling.slabs * batch, share = resident / columns;
+  const int64_t length = share >= 8 ? (turns + share - 1) / share
+                                    : std::clamp<int64_t>(turns * columns / (4 * resident), 1, 16);
+  return static_cast<unsigned>((turns + length - 1) / length);
 }
 
 // Threads that hand over their sums at a time while the rows of a block are added up.

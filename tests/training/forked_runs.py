@@ -4,6 +4,7 @@ Imports are the cost of a tiny run, so this process imports everything and forks
 itself never do a backward pass: torch refuses autograd in the child of a process that has.
 """
 
+import datetime
 import json
 import os
 import random
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from torch.distributed import distributed_c10d
 
 sys.path.insert(0, str(Path(__file__).parent))
 from tiny_training import all_tensors, tiny_trainer  # noqa: E402
@@ -162,7 +164,7 @@ def kills(folder):
 
 SHARED_RUN = {
     "iterations": 20,
-    "save_interval": 20,
+    "save_interval": 10,
     "batch_size": 5,  # shares of 2 and 3; and update 19 has one image: shares of 0 and 1
     "lr": 1e-3,
     "ema_rate": "0.9,0.5",
@@ -180,50 +182,61 @@ def shared_run(out, changes):
         (Path(out) / "rows.json").write_text(json.dumps(rows))
 
 
+def half_of(run, name):
+    """A folder ``name`` with the checkpoint that ``run`` wrote half-way."""
+    half = run.with_name(name)
+    shutil.copytree(run / "step_0000010", half / "step_0000010")
+    return half
+
+
 def parity(folder):
-    """The same run by 1 process, 2, 3, 2 with microbatches, 2 that stop, 1 then 2 with shards, 3
-    and 2 with shards in turn, 2 with shards then 1."""
-    half = {"iterations": 10, "save_interval": 10}
-    codes = wait([fork(shared_run, folder / "one", {})])
-    codes += wait(ranks(2, shared_run, folder / "two", {}))
+    """The same run by 1 process, 2, 3, 2 with microbatches; 2, continued; and with shards: 1
+    continued by 2, 2 continued by 3, 2 continued by 1."""
+    shards.supported()  # imports what the children would import one by one
+    one, two = folder / "one", folder / "two"
+    codes = wait([fork(shared_run, one, {})])
+    codes += wait(ranks(2, shared_run, two, {}))
     codes += wait(ranks(3, shared_run, folder / "three", {}))
     codes += wait(ranks(2, shared_run, folder / "microbatches", {"microbatch": 2}))
-    codes += wait(ranks(2, shared_run, folder / "stopped", half))
-    codes += wait(ranks(2, shared_run, folder / "stopped", {}))
+    codes += wait(ranks(2, shared_run, half_of(two, "stopped"), {}))
     if distributed.can_shard(torch.device("cpu")):
         sharded = {"parallel": "fsdp"}
-        codes += wait([fork(shared_run, folder / "one_then_shards", half)])
-        codes += wait(ranks(2, shared_run, folder / "one_then_shards", sharded))
-        codes += wait(ranks(2, shared_run, folder / "shards", half | sharded))
-        shutil.copytree(folder / "shards", folder / "shards_then_one")
+        codes += wait(ranks(2, shared_run, half_of(one, "one_then_shards"), sharded))
+        codes += wait(ranks(2, shared_run, folder / "shards", {"iterations": 10, **sharded}))
+        then_one = half_of(folder / "shards", "shards_then_one")
         codes += wait(ranks(3, shared_run, folder / "shards", sharded))
-        codes += wait([fork(shared_run, folder / "shards_then_one", {})])
+        codes += wait([fork(shared_run, then_one, {})])
     print(json.dumps(codes))
 
 
 # ---- a process that dies, and one that hangs ----
 
 
-def lost_run(out, misfortune, timeout, at=4):
+def lost_run(out, misfortune, at=4, patience=None):
     """Rank 1 meets its ``misfortune`` before update ``at``, or, when that is None, once it has
-    joined the others; what the others say is printed. Exit code 3 for a lost process."""
+    joined the others; what the others say is printed. Exit code 3 for a lost process.
+
+    patience: seconds the others wait from there on; before, the machine may be busy.
+    """
     unlucky = os.environ["RANK"] == "1"
     try:
-        processes = distributed.start("cpu", timeout)  # the trainer finds the group made
+        distributed.start("cpu")  # the trainer finds the group made
         if unlucky and at is None:
             misfortune()
-        trainer = tiny_trainer(out, iterations=1000, save_interval=3, timeout=timeout)
+        trainer = tiny_trainer(out, iterations=1000, save_interval=3)
         batch = trainer.task.batch
 
         def share(step, *of):
-            if unlucky and step == at:
+            if step == at and patience:
+                distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=patience))
+            if step == at and unlucky:
                 misfortune()
             return batch(step, *of)
 
         trainer.task.batch = share
         trainer.run()
     except ProcessLostError as error:
-        print(f"rank {processes.rank}: {error}", flush=True)
+        print(f"rank {os.environ['RANK']}: {error}", flush=True)
         raise Lost from error
 
 
@@ -248,15 +261,15 @@ def lost(folder):
         (folder / "died").write_text(str(time.monotonic()))
         os.kill(os.getpid(), signal.SIGKILL)
 
-    killed = wait(ranks(3, lost_run, folder / "killed", die, 600))
+    can_write_shards = shards.supported()  # which imports what the children need
+    killed = wait(ranks(3, lost_run, folder / "killed", die))
     seconds = time.monotonic() - float((folder / "died").read_text())
-    early = wait(ranks(2, lost_run, folder / "early", die, 600, None))
-    # Time enough for both to join and to make four updates on a busy machine.
-    pids = ranks(2, lost_run, folder / "hanging", lambda: time.sleep(1000), 12)
+    early = wait(ranks(2, lost_run, folder / "early", die, None))
+    pids = ranks(2, lost_run, folder / "hanging", lambda: time.sleep(1000), 4, 2)
     hanging = wait(pids[:1])
     os.kill(pids[1], signal.SIGKILL)
     wait(pids[1:])
-    full = wait(ranks(2, full_run, folder / "full")) if shards.supported() else []
+    full = wait(ranks(2, full_run, folder / "full")) if can_write_shards else []
     report = {"killed": killed, "early": early, "hanging": hanging, "full": full}
     print(json.dumps({**report, "seconds": seconds}))
 

@@ -146,6 +146,16 @@ def test_an_environment_that_cannot_be_is_named(monkeypatch, variables, named):
         distributed.start("cpu")
 
 
+def test_the_group_has_the_time_out_that_was_given(monkeypatch):
+    given = {}
+    monkeypatch.setattr("torch.distributed.init_process_group", lambda *a, **k: given.update(k))
+    for name, value in (("RANK", 1), ("WORLD_SIZE", 2), ("MASTER_ADDR", "x"), ("MASTER_PORT", 1)):
+        monkeypatch.setenv(name, str(value))
+    processes = distributed.start("cpu", timeout=7.5)
+    assert (processes.rank, processes.world_size) == (1, 2)
+    assert given["timeout"].total_seconds() == 7.5 and given["rank"] == 1
+
+
 def test_a_torch_that_cannot_shard_is_named(monkeypatch):
     monkeypatch.delattr("torch.cpu.Stream.record_event", raising=False)
     with pytest.raises(ValueError, match="parallel='fsdp': torch .* cannot shard on the CPU"):

@@ -26,16 +26,15 @@ def find_sanitizer():
 
 @pytest.fixture(scope="module")
 def sanitize(gpu):
-    """sanitize(tool, *command, ours=False) -> (exit status, output); ours: our kernels alone."""
+    """sanitize(tool, *command) -> (exit status, output), of the kernels in namespace adm_rt."""
     program = find_sanitizer()
     if program is None:
         devices.unavailable("compute-sanitizer is not on PATH and not in CUDA_HOME")
     help_text = subprocess.run([program, "--help"], capture_output=True, text=True).stdout
     option = "--kernel-regex" if "--kernel-regex" in help_text else "--filter"
 
-    def run(tool, *command, ours=False):
-        words = [program, "--tool", tool, "--error-exitcode", str(FOUND)]
-        words += [option, "kns=adm_rt"] if ours else []
+    def run(tool, *command):
+        words = [program, "--tool", tool, "--error-exitcode", str(FOUND), option, "kns=adm_rt"]
         environment = {
             **os.environ,
             "PYTORCH_NO_CUDA_MEMORY_CACHING": "1",
@@ -81,9 +80,7 @@ def reports(sanitize):
     """tool -> (status, output) over all kernels; the four run beside each other."""
     script = str(ROOT / "tests" / "gpu" / "small_calls.py")
     with ThreadPoolExecutor(len(TOOLS)) as pool:
-        runs = {
-            tool: pool.submit(sanitize, tool, sys.executable, script, ours=True) for tool in TOOLS
-        }
+        runs = {tool: pool.submit(sanitize, tool, sys.executable, script) for tool in TOOLS}
         return {tool: run.result() for tool, run in runs.items()}
 
 

@@ -122,6 +122,20 @@ def test_results_go_to_the_table_and_the_json(gpu, fake_device, monkeypatch, tmp
     assert "failed (exit status 4)" in out and "3.50 TB/s" in out
 
 
+def test_parts_run_one_by_one_come_together(gpu, fake_device, monkeypatch, tmp_path):
+    monkeypatch.setattr(gpu, "PARTS", (part(gpu, "tests", "pass"), part(gpu, "ops", "pass")))
+    monkeypatch.setattr(gpu, "NEEDED", {"tests": (), "ops": ()})
+    facts = {"device": "NVIDIA H200", "driver": "580.1", "commit": "abc"}
+    monkeypatch.setattr(gpu, "facts", lambda device: dict(facts))
+    file = tmp_path / "result.json"
+    for only in ("tests", "ops"):
+        assert gpu.main(["--only", only, "--json", str(file)]) == 0
+    assert list(json.loads(file.read_text())["parts"]) == ["tests", "ops"]
+    facts["commit"] = "def"  # what another commit measured does not count
+    assert gpu.main(["--only", "ops", "--json", str(file)]) == 0
+    assert list(json.loads(file.read_text())["parts"]) == ["ops"]
+
+
 def test_after_a_failed_build_nothing_runs(gpu, fake_device, monkeypatch, tmp_path):
     parts = (part(gpu, "build", "raise SystemExit(1)"), part(gpu, "tests", "pass"))
     monkeypatch.setattr(gpu, "PARTS", parts)

@@ -5,7 +5,12 @@
 
 import importlib
 
-from adm_rt.evaluation.metrics import class_accuracy, frechet_distance, precision_recall
+from adm_rt.evaluation.metrics import (
+    class_accuracy,
+    coverage,
+    frechet_distance,
+    precision_recall,
+)
 
 _LAZY = {
     "Judge": "judge",
@@ -16,7 +21,7 @@ _LAZY = {
     "bits_per_dim": "nll",
     "DigitScores": "digits",
 }
-__all__ = ["class_accuracy", "frechet_distance", "precision_recall", *_LAZY]
+__all__ = ["class_accuracy", "coverage", "frechet_distance", "precision_recall", *_LAZY]
 
 
 def __getattr__(name):

@@ -2,7 +2,8 @@
 
 For each scale the same labels and the same noise are sampled, an independent judge (judge.py)
 classifies the images, and their judge features are compared with held-out glyphs: class accuracy
-and precision should rise with the scale, recall should fall (Dhariwal & Nichol 2021, figure 4).
+and precision should rise with the scale, recall and coverage should fall (Dhariwal & Nichol 2021,
+figure 4). Recall rises instead where guidance takes images away from the data; coverage does not.
 
     python -m adm_rt.evaluation.guidance_sweep --model glyphs32 --scales 0,0.5,1,2,5 \
         --num-images 500 --steps 25 --seed 0 --json sweep.json
@@ -21,10 +22,10 @@ from pathlib import Path
 import numpy as np
 
 from adm_rt.data import GLYPH_CLASSES, glyphs
-from adm_rt.evaluation.metrics import class_accuracy, frechet_distance, precision_recall
+from adm_rt.evaluation.metrics import class_accuracy, coverage, frechet_distance, precision_recall
 
 DEFAULT_HELD_OUT = 2000
-_MIN_IMAGES = 4  # precision and recall look at the 3 nearest of the others
+_MIN_IMAGES = 6  # coverage looks at the 5 nearest of the others
 
 
 def balanced_labels(num_images: int) -> np.ndarray:
@@ -33,7 +34,7 @@ def balanced_labels(num_images: int) -> np.ndarray:
 
 
 def measure(judge, images, labels, reference_features) -> dict:
-    """images uint8 [N, H, W, 3], labels [N], reference features [M, D] -> the four numbers."""
+    """images uint8 [N, H, W, 3], labels [N], reference features [M, D] -> the five numbers."""
     called, features = judge.examine(images)
     precision, recall = precision_recall(reference_features, features)
     return {
@@ -41,6 +42,7 @@ def measure(judge, images, labels, reference_features) -> dict:
         "frechet_distance": frechet_distance(features, reference_features),
         "precision": precision,
         "recall": recall,
+        "coverage": coverage(reference_features, features),
     }
 
 
@@ -62,7 +64,7 @@ def guidance_sweep(
 
     Returns one row per scale, in order, and last the floor: real glyphs of yet another seed with
     the same labels, row["guidance_scale"] None. Rows hold guidance_scale, accuracy,
-    frechet_distance, precision, recall and num_images.
+    frechet_distance, precision, recall, coverage and num_images.
     """
     from adm_rt.evaluation.judge import HELD_OUT_SEED, train_judge
 
@@ -89,15 +91,16 @@ def markdown_table(rows: list[dict]) -> str:
     FD-glyphs is measured in the judge's features: comparable within one sweep, never with an FID.
     """
     lines = [
-        "| guidance scale | class accuracy | FD-glyphs | precision | recall |",
-        "|---|---|---|---|---|",
+        "| guidance scale | class accuracy | FD-glyphs | precision | recall | coverage |",
+        "|---|---|---|---|---|---|",
     ]
     for row in rows:
         scale = row["guidance_scale"]
         name = "real glyphs (floor)" if scale is None else f"{scale:g}"
         lines.append(
             f"| {name} | {row['accuracy']:.1%} | {row['frechet_distance']:.2f} "
-            f"| {row['precision']:.3f} | {row['recall']:.3f} |"
+            f"| {row['precision']:.3f} | {row['recall']:.3f} "
+            f"| {row['coverage']:.3f} |"
         )
     return "\n".join(lines)
 
@@ -148,7 +151,7 @@ def check_scales(scales) -> list[float]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m adm_rt.evaluation.guidance_sweep",
-        description="Class accuracy, Frechet distance, precision and recall by guidance scale.",
+        description="Class accuracy, Frechet distance, precision, recall and coverage by scale.",
     )
     parser.add_argument("--model", default="glyphs32", help="a 36-class model of glyphs")
     parser.add_argument("--classifier", help="the guide (default: the one that comes with it)")

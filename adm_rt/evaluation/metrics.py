@@ -46,23 +46,48 @@ def precision_recall(reference, samples, k: int = 3, block: int = 1024) -> tuple
     recall: the share of reference points in the manifold of the samples. Distances are computed
     `block` rows at a time. Both values depend on N and M: compare equal sizes only.
     """
-    reference, samples = _features("reference", reference), _features("samples", samples)
-    _same_width(reference, samples)
-    if k < 1 or min(len(reference), len(samples)) <= k:
-        raise ValueError(
-            f"k={k} must be at least 1 and less than the number of points, "
-            f"got {len(reference)} and {len(samples)} points"
-        )
-    if block < 1:
-        raise ValueError(f"block={block} must be at least 1")
-    # One centre for both, so that |x|^2 + |y|^2 - 2xy loses few digits.
-    centre = reference.mean(0)
-    reference, samples = reference - centre, samples - centre
+    reference, samples = _centred(reference, samples)
+    _check_neighbours(k, min(len(reference), len(samples)), block)
     reference_radii = _squared_radii(reference, k, block)
     sample_radii = _squared_radii(samples, k, block)
     precision = _share_inside(samples, reference, reference_radii, block)
     recall = _share_inside(reference, samples, sample_radii, block)
     return precision, recall
+
+
+def coverage(reference, samples, k: int = 5, block: int = 1024) -> float:
+    """Coverage (Naeem et al. 2020, eq. 5): the share of reference [N, D] near a sample of [M, D].
+
+    Near: no further than the reference point's k-th nearest neighbour in the reference. Unlike
+    recall, it does not grow with samples that lie far from all others, whose neighbours are far
+    too. Depends on N and M: compare equal sizes only.
+    """
+    reference, samples = _centred(reference, samples)
+    _check_neighbours(k, len(reference), block)
+    radii = _squared_radii(reference, k, block)
+    near = 0
+    for start in range(0, len(reference), block):
+        rows = slice(start, start + block)
+        nearest = _squared_distances(reference[rows], samples).min(1)
+        near += int((nearest <= radii[rows]).sum())
+    return near / len(reference)
+
+
+def _centred(reference, samples) -> tuple[np.ndarray, np.ndarray]:
+    reference, samples = _features("reference", reference), _features("samples", samples)
+    _same_width(reference, samples)
+    # One centre for both, so that |x|^2 + |y|^2 - 2xy loses few digits.
+    centre = reference.mean(0)
+    return reference - centre, samples - centre
+
+
+def _check_neighbours(k: int, points: int, block: int) -> None:
+    if not 1 <= k < points:
+        raise ValueError(
+            f"k={k} must be at least 1 and less than the number of points, which is {points}"
+        )
+    if block < 1:
+        raise ValueError(f"block={block} must be at least 1")
 
 
 def _squared_radii(points: np.ndarray, k: int, block: int) -> np.ndarray:

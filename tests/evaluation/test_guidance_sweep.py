@@ -44,6 +44,7 @@ def test_accuracy_rises_and_recall_falls_with_the_stand_in(judge):
     recall = [row["recall"] for row in rows]
     assert accuracy[0] < accuracy[1] < accuracy[2]
     assert recall[0] > recall[1] > recall[2]
+    assert rows[0]["coverage"] > rows[1]["coverage"] > rows[2]["coverage"]
     floor = rows[-1]
     assert floor["frechet_distance"] == min(row["frechet_distance"] for row in rows)
     assert all(row["num_images"] == len(LABELS) for row in rows)
@@ -55,16 +56,17 @@ def test_wrong_labels_show_in_the_accuracy_alone(judge):
         {0: (images, LABELS), 1: (images, np.roll(LABELS, 1))}, judge=judge, held_out=300
     )
     assert rows[0]["accuracy"] > 0.75 and rows[1]["accuracy"] < 0.1
-    for name in ("frechet_distance", "precision", "recall"):
+    for name in ("frechet_distance", "precision", "recall", "coverage"):
         assert rows[0][name] == rows[1][name]
 
 
 def test_the_table_is_markdown():
     row = {"accuracy": 0.9, "frechet_distance": 12.345, "precision": 0.5, "recall": 0.25}
+    row["coverage"] = 0.125
     table = sweep.markdown_table(
         [{"guidance_scale": 0.5, **row}, {"guidance_scale": None, **row}]
     ).splitlines()
-    assert table[2] == "| 0.5 | 90.0% | 12.35 | 0.500 | 0.250 |"
+    assert table[2] == "| 0.5 | 90.0% | 12.35 | 0.500 | 0.250 | 0.125 |"
     assert table[3].startswith("| real glyphs (floor) |")
     assert len({line.count("|") for line in table}) == 1
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from adm_rt.evaluation import class_accuracy, frechet_distance, precision_recall
+from adm_rt.evaluation import class_accuracy, coverage, frechet_distance, precision_recall
 
 
 def gaussian(seed, count, mean, factor):
@@ -62,6 +62,23 @@ def test_precision_and_recall_by_hand():
     precision, recall = precision_recall(reference, samples, k=1)
     assert precision == pytest.approx(1 / 3)  # only 2, on the edge of the ball around 1
     assert recall == pytest.approx(2 / 4)  # 10 and 12
+
+
+def test_coverage_by_hand():
+    reference = np.array([[0.0], [1], [10], [12]])  # k=1: radii 1, 1, 2, 2
+    assert coverage(reference, np.array([[1.5]]), k=1) == 1 / 4
+    assert coverage(reference, np.array([[0.5], [13], [100]]), k=1, block=3) == 3 / 4
+    assert coverage(reference, reference, k=3) == 1.0
+    with pytest.raises(ValueError, match="k=4"):
+        coverage(reference, reference, k=4)
+
+
+def test_samples_far_away_raise_recall_but_not_coverage():
+    rng = np.random.default_rng(7)
+    real, fake = rng.standard_normal((300, 8)), 0.3 * rng.standard_normal((100, 8))
+    far = np.concatenate([fake, 20 * rng.standard_normal((20, 8))])
+    assert coverage(real, far) == coverage(real, fake) < 0.6
+    assert precision_recall(real, far)[1] > precision_recall(real, fake)[1] + 0.3
 
 
 @pytest.mark.parametrize("block", [1, 7, 64, 10000])

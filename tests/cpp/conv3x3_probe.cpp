@@ -1,5 +1,5 @@
-// conv3x3 on every instruction set against a direct sum, in buffers of the exact size: for the
-// sanitizers. Prints what is wrong; exit status 1 then.
+// conv3x3 against a direct sum, in buffers of the exact size: for the sanitizers.
+// conv3x3_probe ISA...: prints what is wrong; exit status 1 then.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -142,7 +142,7 @@ bool check(const Layer& l) {
 
 }  // namespace
 
-int main() {
+int main(int argc, char** argv) {
   const Layer layers[] = {
       {1, 1, 1, 1, 0, 1, 0, true, false},     {3, 5, 7, 3, 2, 6, 0, true, false},
       {1, 6, 10, 17, 0, 31, 1, true, false},  {2, 8, 8, 33, 5, 17, 2, true, false},
@@ -151,11 +151,14 @@ int main() {
       {1, 66, 65, 33, 0, 17, 0, true, true},
   };
   bool right = true;
-  for (int isa = 0; isa <= static_cast<int>(best_cpu_isa()); ++isa) {
-    set_cpu_isa(static_cast<CpuIsa>(isa));
-    for (const int threads : {1, 3}) {
-      set_num_threads(threads);
-      for (const Layer& layer : layers) right = check(layer) && right;
+  for (int i = 1; i < argc; ++i) {
+    for (int isa = 0; isa <= static_cast<int>(best_cpu_isa()); ++isa) {
+      if (argv[i] != std::string(name_of(static_cast<CpuIsa>(isa)))) continue;
+      set_cpu_isa(static_cast<CpuIsa>(isa));
+      for (const int threads : {1, 3}) {
+        set_num_threads(threads);
+        for (const Layer& layer : layers) right = check(layer) && right;
+      }
     }
   }
   return right ? 0 : 1;

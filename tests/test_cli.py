@@ -251,7 +251,7 @@ def test_info_reports_whatever_is_broken(how, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
-    assert len(report) == 11 and report["adm_rt"]["version"] == adm_rt.__version__
+    assert len(report) == 12 and report["adm_rt"]["version"] == adm_rt.__version__
     if how == "no torch":
         assert "torch" in report["torch"]["error"] and "torch" in report["self_test"]["error"]
     if how == "no kernels":

@@ -4,7 +4,6 @@ Imports are the cost of a tiny run, so this process imports everything and forks
 itself never do a backward pass: torch refuses autograd in the child of a process that has.
 """
 
-import datetime
 import json
 import os
 import random
@@ -19,7 +18,6 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from torch.distributed import distributed_c10d
 
 sys.path.insert(0, str(Path(__file__).parent))
 from tiny_training import all_tensors, tiny_trainer  # noqa: E402
@@ -212,23 +210,18 @@ def parity(folder):
 # ---- a process that dies, and one that hangs ----
 
 
-def lost_run(out, misfortune, at=4, patience=None):
+def lost_run(out, misfortune, timeout=600, at=4):
     """Rank 1 meets its ``misfortune`` before update ``at``, or, when that is None, once it has
-    joined the others; what the others say is printed. Exit code 3 for a lost process.
-
-    patience: seconds the others wait from there on; before, the machine may be busy.
-    """
+    joined the others; what the others say is printed. Exit code 3 for a lost process."""
     unlucky = os.environ["RANK"] == "1"
     try:
-        distributed.start("cpu")  # the trainer finds the group made
+        distributed.start("cpu", timeout)  # the trainer finds the group made
         if unlucky and at is None:
             misfortune()
         trainer = tiny_trainer(out, iterations=1000, save_interval=3)
         batch = trainer.task.batch
 
         def share(step, *of):
-            if step == at and patience:
-                distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=patience))
             if step == at and unlucky:
                 misfortune()
             return batch(step, *of)
@@ -262,14 +255,15 @@ def lost(folder):
         os.kill(os.getpid(), signal.SIGKILL)
 
     can_write_shards = shards.supported()  # which imports what the children need
+    # Time enough for both to join and to make four updates on a busy machine; and meanwhile:
+    pids = ranks(2, lost_run, folder / "hanging", lambda: time.sleep(1000), 25)
     killed = wait(ranks(3, lost_run, folder / "killed", die))
     seconds = time.monotonic() - float((folder / "died").read_text())
-    early = wait(ranks(2, lost_run, folder / "early", die, None))
-    pids = ranks(2, lost_run, folder / "hanging", lambda: time.sleep(1000), 4, 2)
+    early = wait(ranks(2, lost_run, folder / "early", die, 600, None))
+    full = wait(ranks(2, full_run, folder / "full")) if can_write_shards else []
     hanging = wait(pids[:1])
     os.kill(pids[1], signal.SIGKILL)
     wait(pids[1:])
-    full = wait(ranks(2, full_run, folder / "full")) if can_write_shards else []
     report = {"killed": killed, "early": early, "hanging": hanging, "full": full}
     print(json.dumps({**report, "seconds": seconds}))
 

@@ -32,6 +32,12 @@ class Lost(Exception):
     """Exit code 3."""
 
 
+def say(text):
+    """Print a line whole: unbuffered, print() writes its end apart, and lines of processes mix."""
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
 def fork(run, *args):
     """Start ``run(*args)`` in a child; returns its pid. Exit code 1 for any error but ``Lost``."""
     sys.stdout.flush()
@@ -229,7 +235,7 @@ def lost_run(out, misfortune, timeout=600, at=4):
         trainer.task.batch = share
         trainer.run()
     except ProcessLostError as error:
-        print(f"rank {os.environ['RANK']}: {error}", flush=True)
+        say(f"rank {os.environ['RANK']}: {error}")
         raise Lost from error
 
 
@@ -242,7 +248,7 @@ def full_run(out):
     try:
         tiny_trainer(out, iterations=3, parallel="fsdp").run()
     except CheckpointError as error:
-        print(f"rank {os.environ['RANK']}: {error}", flush=True)
+        say(f"rank {os.environ['RANK']}: {error}")
         raise Lost from error
 
 

@@ -128,7 +128,7 @@ def test_wheel_holds_the_models(wheel):
             name = str(path.relative_to(ROOT))
             assert archive.read(name) == path.read_bytes()
     size = sum(path.stat().st_size for path in models)
-    assert size < 6.5e6, f"the shipped models take {size / 1e6:.1f} MB"
+    assert size < 12e6, f"the shipped models take {size / 1e6:.1f} MB"
 
 
 def test_installed_wheel_works_outside_the_tree(installed):

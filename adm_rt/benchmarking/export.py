@@ -12,9 +12,7 @@ import time
 import numpy as np
 import torch
 
-from adm_rt import __version__, testing
-from adm_rt.benchmarking import machine
-from adm_rt.benchmarking.ops import CLOCKS, torch_threads
+from adm_rt.benchmarking.pair import heading, timed_row, torch_threads
 from adm_rt.benchmarking.sampling_cases import MODELS, configs, random_weights
 from adm_rt.export.exporter import export_model
 from adm_rt.export.manifest import read_manifest
@@ -36,8 +34,7 @@ def rows(args):
     modules = {part: module_of(weights).requires_grad_(False) for part, weights in parts.items()}
     result = []
     with torch_threads(args.threads), tempfile.TemporaryDirectory(prefix="adm_rt_") as place:
-        print(f"{machine.processor()}, {args.threads} thread(s), {args.clock} clock, ", end="")
-        print(f"torch {torch.__version__}, ONNX Runtime {onnxruntime.__version__}")
+        print(f"{heading(args)}, ONNX Runtime {onnxruntime.__version__}")
         for dtype in args.dtypes:
             begin = time.perf_counter()
             folder = export_model(
@@ -89,30 +86,16 @@ def _row(network, session, modules, batch, args):
             f"{network.name} {network.dtype} batch {batch}: ONNX Runtime's output differs by "
             f"{error:.3g} of the largest value, allowed {LIMITS[network.dtype]:.0e}"
         )
-    timings = testing.interleaved_timings(
-        {"ours": ours, "baseline": baseline}, args.rounds, clock=CLOCKS[args.clock]
+    return timed_row(
+        f"onnx {network.name}",
+        f"{args.model} batch {batch} {cfg.image_size}x{cfg.image_size} {network.dtype}",
+        {"ours": ours, "baseline": baseline},
+        error,
+        args,
+        baseline="torch module, float32",
+        megabytes=(network.bytes + (network.data_bytes or 0)) / 1e6,
+        nodes=sum(network.nodes.values()),
     )
-    return {
-        "name": f"onnx {network.name}",
-        "sizes": f"{args.model} batch {batch} {cfg.image_size}x{cfg.image_size} {network.dtype}",
-        "baseline": "torch module, float32",
-        "device": "cpu",
-        "ours_ms": timings["ours"].median,
-        "baseline_ms": timings["baseline"].median,
-        "ratio": timings["baseline"].median / timings["ours"].median,
-        "max_error": error,
-        "ours_min_ms": timings["ours"].minimum,
-        "baseline_min_ms": timings["baseline"].minimum,
-        "megabytes": (network.bytes + (network.data_bytes or 0)) / 1e6,
-        "nodes": sum(network.nodes.values()),
-        "rounds": args.rounds,
-        "processor": machine.processor(),
-        "threads": args.threads,
-        "clock": args.clock,
-        "torch": torch.__version__,
-        "version": __version__,
-        "commit": machine.commit(),
-    }
 
 
 def _inputs(cfg, batch):

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import torch
 
-from adm_rt import __version__, testing
-from adm_rt.benchmarking import machine, published
-from adm_rt.benchmarking.ops import CLOCKS, torch_threads
+from adm_rt.benchmarking import published
+from adm_rt.benchmarking.pair import heading, network_line, timed_row, torch_threads
 from adm_rt.benchmarking.sampling_cases import random_weights
 from adm_rt.models import build, preset
 from adm_rt.models.classifier_gradient import ClassifierGradient
@@ -28,8 +27,7 @@ def rows(args):
     ours = ClassifierGradient(classifier)
     result = []
     with torch_threads(args.threads):
-        print(f"{machine.processor()}, {machine.isa()}, {args.threads} thread(s), ", end="")
-        print(f"{args.clock} clock, torch {torch.__version__}")
+        print(heading(args))
         for name in BASELINES:
             if args.only not in name:
                 continue
@@ -39,7 +37,7 @@ def rows(args):
                 taken = _published(network)
             for batch in args.batches:
                 result.append(_row(name, ours, taken, cfg, batch, args))
-                print(_line(result[-1]), flush=True)
+                print(network_line(result[-1]), flush=True)
     return result
 
 
@@ -82,33 +80,6 @@ def _row(name, ours, baseline, cfg, batch, args):
     error = float((explicit() - expected).abs().max() / expected.abs().max())
     if not error <= MAX_ERROR:
         raise ValueError(f"{name}: the gradients differ by {error:.3g} of the largest value")
-    timings = testing.interleaved_timings(
-        {"ours": explicit, "baseline": taken}, args.rounds, clock=CLOCKS[args.clock]
-    )
-    return {
-        "name": "classifier_gradient",
-        "sizes": f"{args.model} batch {batch} {cfg.image_size}x{cfg.image_size}",
-        "baseline": name,
-        "device": "cpu",
-        "ours_ms": timings["ours"].median,
-        "baseline_ms": timings["baseline"].median,
-        "ratio": timings["baseline"].median / timings["ours"].median,
-        "max_error": error,
-        "ours_min_ms": timings["ours"].minimum,
-        "baseline_min_ms": timings["baseline"].minimum,
-        "rounds": args.rounds,
-        "processor": machine.processor(),
-        "isa": machine.isa(),
-        "threads": args.threads,
-        "clock": args.clock,
-        "torch": torch.__version__,
-        "version": __version__,
-        "commit": machine.commit(),
-    }
-
-
-def _line(row):
-    return (
-        f"{row['name']} {row['sizes']}: ours {row['ours_ms']:9.1f} ms, {row['baseline']:12s} "
-        f"{row['baseline_ms']:9.1f} ms  {row['ratio']:5.2f}x  error {row['max_error']:.1e}"
-    )
+    functions = {"ours": explicit, "baseline": taken}
+    sizes = f"{args.model} batch {batch} {cfg.image_size}x{cfg.image_size}"
+    return timed_row("classifier_gradient", sizes, functions, error, args, baseline=name)

@@ -5,23 +5,21 @@ Then the ops of the native engine's plan of one model, which replace whole layer
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import time
 import types
 
 import numpy as np
 import torch
 
-from adm_rt import __version__, ops, testing
-from adm_rt.benchmarking import baselines, machine, plan_ops
+from adm_rt import ops, testing
+from adm_rt.benchmarking import baselines, plan_ops
+from adm_rt.benchmarking.pair import heading, timed_row, torch_threads
 from adm_rt.diffusion import Diffusion
 from adm_rt.samplers.ddim import coefficients as ddim_coefficients
 from adm_rt.samplers.ddpm import coefficients as ddpm_coefficients
 
 # Two float32 computations of the same thing, relative to the largest value.
 MAX_ERROR = 1e-4
-CLOCKS = {"wall": time.perf_counter, "cpu": time.thread_time}
 
 GROUPS = (
     ("ada_group_norm", testing.ADA_GROUP_NORM_64),
@@ -36,8 +34,7 @@ def rows(args):
     """Time every case, printing as it goes."""
     result = []
     with torch_threads(args.threads):
-        print(f"{machine.processor()}, {machine.isa()}, {args.threads} thread(s), ", end="")
-        print(f"{args.clock} clock, torch {torch.__version__}")
+        print(heading(args))
         for name, cases in GROUPS:
             if args.only not in name:
                 continue
@@ -57,27 +54,7 @@ def _row(name, case, functions, args):
     if not error <= MAX_ERROR:
         raise ValueError(f"{name} {_sizes(case)}: ours differs from the baseline by {error:.3g}")
     ours(), baseline()
-    clock = CLOCKS[args.clock]
-    timings = testing.interleaved_timings(
-        {"ours": ours, "baseline": baseline}, args.rounds, clock=clock
-    )
-    return {
-        "name": name,
-        "sizes": _sizes(case),
-        "device": "cpu",
-        "ours_ms": timings["ours"].median,
-        "baseline_ms": timings["baseline"].median,
-        "ratio": timings["baseline"].median / timings["ours"].median,
-        "max_error": error,
-        "ours_min_ms": timings["ours"].minimum,
-        "baseline_min_ms": timings["baseline"].minimum,
-        "processor": machine.processor(),
-        "isa": machine.isa(),
-        "threads": args.threads,
-        "clock": args.clock,
-        "torch": torch.__version__,
-        "version": __version__,
-    }
+    return timed_row(name, _sizes(case), {"ours": ours, "baseline": baseline}, error, args)
 
 
 def _line(row):
@@ -209,15 +186,3 @@ def _guided_mean_update(case):
         functools.partial(ours, noise=noise),
         functools.partial(baseline, noise),
     )
-
-
-@contextlib.contextmanager
-def torch_threads(count):
-    """torch and our kernels use ``count`` threads inside."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        with testing.cpu_settings(threads=count):
-            yield
-    finally:
-        torch.set_num_threads(before)

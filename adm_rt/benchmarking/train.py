@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import torch
 
-from adm_rt import __version__, models, testing
-from adm_rt.benchmarking import machine, published
-from adm_rt.benchmarking.ops import CLOCKS, torch_threads
+from adm_rt import models
+from adm_rt.benchmarking import published
+from adm_rt.benchmarking.pair import heading, network_line, timed_row, torch_threads
 from adm_rt.diffusion import Diffusion, losses
 
 # Sums over a whole network in float32, relative to the largest gradient of a parameter.
@@ -26,12 +26,11 @@ def rows(args):
     cfg = models.preset(args.model)
     result = []
     with torch_threads(args.threads):
-        print(f"{machine.processor()}, {machine.isa()}, {args.threads} thread(s), ", end="")
-        print(f"{args.clock} clock, torch {torch.__version__}")
+        print(heading(args))
         for name, checkpoint in BASELINES.items():
             if args.only in name:
                 result.append(_row(name, checkpoint, cfg, args))
-                print(_line(result[-1]), flush=True)
+                print(network_line(result[-1]), flush=True)
     return result
 
 
@@ -48,27 +47,8 @@ def _row(name, checkpoint, cfg, args):
         one.network.train()
         one.optimiser = optimiser
         one()
-    timings = testing.interleaved_timings(step, args.rounds, clock=CLOCKS[args.clock])
-    return {
-        "name": "training_step",
-        "sizes": f"{args.model} batch {args.batch} {cfg.image_size}x{cfg.image_size}",
-        "baseline": name,
-        "device": "cpu",
-        "ours_ms": timings["ours"].median,
-        "baseline_ms": timings["baseline"].median,
-        "ratio": timings["baseline"].median / timings["ours"].median,
-        "max_error": error,
-        "ours_min_ms": timings["ours"].minimum,
-        "baseline_min_ms": timings["baseline"].minimum,
-        "rounds": args.rounds,
-        "processor": machine.processor(),
-        "isa": machine.isa(),
-        "threads": args.threads,
-        "clock": args.clock,
-        "torch": torch.__version__,
-        "version": __version__,
-        "commit": machine.commit(),
-    }
+    sizes = f"{args.model} batch {args.batch} {cfg.image_size}x{cfg.image_size}"
+    return timed_row("training_step", sizes, step, error, args, baseline=name)
 
 
 class _Step:
@@ -132,10 +112,3 @@ def _sharing_weights(network, source):
             raise ValueError(f"{name}: {list(parameter.shape)} against {list(shared.shape)}")
         setattr(network.get_submodule(path), leaf, shared)
     return network
-
-
-def _line(row):
-    return (
-        f"{row['name']} {row['sizes']}: ours {row['ours_ms']:9.1f} ms, {row['baseline']:12s} "
-        f"{row['baseline_ms']:9.1f} ms  {row['ratio']:5.2f}x  error {row['max_error']:.1e}"
-    )

@@ -8,8 +8,8 @@ import functools
 from typing import NamedTuple
 
 import numpy as np
+from emulated_dtypes import BFLOAT16, FLOAT16, FLOAT32, pack, unpack
 
-FLOAT32, BFLOAT16, FLOAT16 = 0, 1, 2
 LEGACY, NEW = 0, 1
 CHANNEL_MAJOR, TOKEN_MAJOR = 0, 1
 FORWARD, REVERSE, SHUFFLED = SCHEDULES = 0, 1, 2
@@ -89,25 +89,6 @@ class Case(NamedTuple):
 
 def rounded(values, dtype):
     return unpack(pack(values, dtype), dtype)
-
-
-def pack(values, dtype):
-    """float32 -> the same values in that dtype, as an array of float32 or of 16-bit words."""
-    if dtype == FLOAT16:
-        return values.astype(np.float16).view(np.uint16)
-    if dtype == BFLOAT16:
-        bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
-        return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
-    return np.ascontiguousarray(values, np.float32)
-
-
-def unpack(array, dtype):
-    """The inverse of pack, in float32."""
-    if dtype == FLOAT16:
-        return array.view(np.float16).astype(np.float32)
-    if dtype == BFLOAT16:
-        return (array.astype(np.uint32) << 16).view(np.float32)
-    return array
 
 
 def unset(shape, dtype, offset=0):

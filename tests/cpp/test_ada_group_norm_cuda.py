@@ -6,10 +6,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from emulated_dtypes import BFLOAT16, FLOAT16, FLOAT32
 from emulated_norm import (
-    BFLOAT16,
-    FLOAT16,
-    FLOAT32,
     NONE,
     POOL,
     UP,
@@ -310,6 +308,7 @@ def test_under_sanitizers(compile_emulated, run_sanitized):
     ]
     code = (
         "import sys\n"
+        "from emulated_dtypes import *\n"
         "from emulated_norm import *\n"
         "checked, plain = map(EmulatedCuda, sys.argv[1:3])\n"
         "def outputs(cuda, run):\n"

@@ -5,11 +5,8 @@ import numpy as np
 import pytest
 import torch
 from emulated_attention import (
-    BFLOAT16,
     CASES,
     CHANNEL_MAJOR,
-    FLOAT16,
-    FLOAT32,
     MANY,
     NEW,
     SCHEDULES,
@@ -20,6 +17,7 @@ from emulated_attention import (
     emulated_cuda,
     exact,
 )
+from emulated_dtypes import BFLOAT16, FLOAT16, FLOAT32
 
 from adm_rt import testing
 from adm_rt.ops import reference
@@ -167,13 +165,14 @@ def test_under_sanitizers(compile_emulated, run_sanitized):
     code = (
         "import sys\n"
         "import emulated_attention as cases\n"
+        "from emulated_dtypes import BFLOAT16\n"
         "cuda = cases.EmulatedCuda(sys.argv[1])\n"
         "for schedule in cases.SCHEDULES:\n"
         "    for case in cases.CASES:\n"
         "        cases.check_roughly(cuda, case._replace(schedule=schedule))\n"
         "print('all cases passed', flush=True)\n"
-        "short = cases.unset((1, 60, 192), cases.BFLOAT16)\n"
-        "out = cases.unset((1, 64, 64), cases.BFLOAT16)\n"
+        "short = cases.unset((1, 60, 192), BFLOAT16)\n"
+        "out = cases.unset((1, 64, 64), BFLOAT16)\n"
         "case = cases.Case(1, 1, 64, 64)\n"
         "cuda.qkv_attention(short.ctypes.data, out.ctypes.data, 0, *case.sizes(), 1, 0)\n"
     )

@@ -3,35 +3,18 @@
 
 #include <cstdint>
 
-#include "common/check.h"
-#include "common/dtype.h"
+#include "bind_qkv_attention.h"
 #include "ops/qkv_attention_cuda.h"
 
 namespace py = pybind11;
 
 namespace {
 
-adm_rt::QkvAttentionShape make_shape(int64_t batch, int64_t heads, int64_t head_dim, int64_t length,
-                                     int64_t num_queries, int order, int dtype) {
-  adm_rt::QkvAttentionShape shape;
-  shape.batch = batch;
-  shape.heads = heads;
-  shape.head_dim = head_dim;
-  shape.length = length;
-  shape.num_queries = num_queries;
-  shape.order = static_cast<adm_rt::QkvOrder>(order);  // the launcher checks it
-  shape.dtype = adm_rt::dtype_from_int(dtype);
-  return shape;
-}
-
 void forward(uintptr_t qkv, uintptr_t out, uintptr_t stats, int64_t batch, int64_t heads,
              int64_t head_dim, int64_t length, int64_t num_queries, int order, int dtype,
              int layout, uintptr_t stream) {
-  adm_rt::QkvAttentionParams p;
-  p.shape = make_shape(batch, heads, head_dim, length, num_queries, order, dtype);
-  p.qkv = reinterpret_cast<const void*>(qkv);
-  p.out = reinterpret_cast<void*>(out);
-  p.stats = reinterpret_cast<float*>(stats);
+  const auto shape = qkv_attention_shape(batch, heads, head_dim, length, num_queries, order, dtype);
+  const auto p = qkv_attention_params(shape, qkv, out, stats);
   py::gil_scoped_release release;
   adm_rt::qkv_attention_cuda(p, static_cast<adm_rt::QkvLayout>(layout),
                              reinterpret_cast<void*>(stream));
@@ -40,13 +23,8 @@ void forward(uintptr_t qkv, uintptr_t out, uintptr_t stats, int64_t batch, int64
 void backward(uintptr_t grad, uintptr_t qkv, uintptr_t out, uintptr_t stats, uintptr_t dqkv,
               uintptr_t workspace, int64_t batch, int64_t heads, int64_t head_dim, int64_t length,
               int64_t num_queries, int order, int dtype, int layout, uintptr_t stream) {
-  adm_rt::QkvAttentionBackwardParams p;
-  p.shape = make_shape(batch, heads, head_dim, length, num_queries, order, dtype);
-  p.grad = reinterpret_cast<const void*>(grad);
-  p.qkv = reinterpret_cast<const void*>(qkv);
-  p.out = reinterpret_cast<const void*>(out);
-  p.stats = reinterpret_cast<const float*>(stats);
-  p.dqkv = reinterpret_cast<void*>(dqkv);
+  const auto shape = qkv_attention_shape(batch, heads, head_dim, length, num_queries, order, dtype);
+  const auto p = qkv_attention_backward_params(shape, grad, qkv, out, stats, dqkv);
   py::gil_scoped_release release;
   adm_rt::qkv_attention_backward_cuda(p, static_cast<adm_rt::QkvLayout>(layout),
                                       reinterpret_cast<void*>(workspace),

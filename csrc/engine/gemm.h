@@ -4,20 +4,20 @@
 // a panel belongs to the instruction set. A and C are plain row-major matrices.
 //
 // An element of C is the same sequence of operations whatever m, n and its own position are: k is
-// cut into equal blocks of at most `depth`, each block is one chain of fused multiply-adds in
-// the order of k, and the blocks are added in order. So callers may cut m and n as they like.
+// cut into equal blocks of at most a chain's length, each block is one chain of fused multiply-adds
+// in the order of k, and the blocks are added in order. So callers may cut m and n as they like.
 #pragma once
 
 #include <cstdint>
 
 namespace adm_rt {
 
-// Products per chain. Shorter chains lose less to rounding; longer ones touch C less often.
-constexpr int64_t kGemmDepth = 64;
-// Winograd's transforms multiply the rounding errors of the products: with chains of 256 whole
-// UNets have three times the error of direct convolutions, with these less than twice (and
-// convolutions take 10% longer).
-constexpr int64_t kGemmPreciseDepth = 32;
+// How long a chain may be. Shorter chains lose less to rounding, longer ones touch C less often;
+// the lengths belong to the instruction set (gemm_simd.cpp).
+enum class GemmChains {
+  kPlain,
+  kPrecise,  // for Winograd, whose transforms multiply the rounding errors of the products
+};
 
 // Floats that gemm_pack writes. Start every packed matrix on a 64-byte boundary. Static: *_simd.cpp
 // use it too, and the linker must not take one instruction set's copy for all.
@@ -38,7 +38,7 @@ void gemm_pack(const float* weights, int64_t n, int64_t k, int64_t ldb, bool tra
   int64_t gemm_row_block();                                                                      \
   /* c[i][j] = sum_k a[i][k] * B[k][j], added to c when `accumulate`; lda, ldc >= the width. */  \
   void gemm(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const float* packed_b, \
-            float* c, int64_t ldc, bool accumulate, int64_t depth = kGemmDepth);                 \
+            float* c, int64_t ldc, bool accumulate, GemmChains chains = GemmChains::kPlain);     \
   }
 ADM_RT_DECLARE_GEMM(portable)
 ADM_RT_DECLARE_GEMM(avx2)

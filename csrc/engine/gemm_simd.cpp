@@ -30,6 +30,12 @@ constexpr int kNextLevel = kPanel > kLine ? 2 : 3;
 constexpr bool kManyChains = ADM_RT_ISA_LEVEL == 2;
 constexpr int64_t kVisitDepth = 192;
 
+// Products per chain. Eager float32 PyTorch, of whose error a network may have twice, errs less
+// with wide vectors: there, chains of 256 in the convolutions give whole UNets three times its
+// error.
+constexpr int64_t kPlainChain = ADM_RT_ISA_LEVEL == 1 ? 192 : 64;
+constexpr int64_t kPreciseChain = ADM_RT_ISA_LEVEL == 1 ? 96 : 32;
+
 struct Tile {
   int64_t depth;   // steps
   int64_t chain;   // steps of them that are one chain
@@ -195,8 +201,9 @@ int64_t gemm_panel_width() { return kPanel; }
 int64_t gemm_row_block() { return kMaxRows; }
 
 void gemm(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const float* packed_b,
-          float* c, int64_t ldc, bool accumulate, int64_t most_chain) {
+          float* c, int64_t ldc, bool accumulate, GemmChains precision) {
   if (m <= 0 || n <= 0) return;
+  const int64_t most_chain = precision == GemmChains::kPrecise ? kPreciseChain : kPlainChain;
   // Tiles of nearly equal height: a last tile of one row would run at a fraction of the speed.
   const int64_t tiles = (m + kMaxRows - 1) / kMaxRows;
   const int64_t chains = k > 0 ? (k + most_chain - 1) / most_chain : 1;

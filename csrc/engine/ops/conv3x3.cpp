@@ -272,7 +272,7 @@ class Conv3x3 : public Op {
         ADM_RT_DISPATCH(gemm(block.tiles, columns, channels_in, block.v + plane * block.v_plane,
                              s.v_row, packed + plane * weight_plane_ + column * channels_in,
                              block.m + plane * block.m_plane + column, s.m_row, false,
-                             kGemmPreciseDepth));
+                             GemmChains::kPrecise));
         begin = stop;
       }
     });

@@ -1,10 +1,13 @@
 """What the three ops are compared with: the torch calls that the published model code makes.
 
 Each function is the sequence of eager torch operations of openai/guided-diffusion for the same
-piece of work, in the same order, with the same intermediate tensors. ``diffusion`` is anything with
-the tables of ``adm_rt.diffusion.Diffusion``.
+piece of work, in the same order, with the same intermediate tensors. ``diffusion`` is what
+``tables`` makes of a ``Diffusion``.
 """
 
+import types
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -35,6 +38,12 @@ def qkv_attention(qkv, num_heads, order):
     return torch.einsum("bts,bcs->bct", weight, v).reshape(n, -1, length)
 
 
+def tables(diffusion):
+    """What the updates need of a ``Diffusion``, which torch may look at without copy or warning."""
+    arrays = {k: v.copy() for k, v in vars(diffusion).items() if isinstance(v, np.ndarray)}
+    return types.SimpleNamespace(**arrays, predict_xstart=diffusion.predict_xstart)
+
+
 def _at(table, t, like):
     """Row t of a float64 table, broadcast to the shape of ``like``."""
     values = torch.from_numpy(table)[t].float()
@@ -43,13 +52,16 @@ def _at(table, t, like):
 
 def _mean_variance(diffusion, x, output, t):
     """Prediction of x0 and the posterior around it, with learned variances."""
-    eps, values = torch.split(output, x.shape[1], dim=1)
+    prediction, values = torch.split(output, x.shape[1], dim=1)
     min_log = _at(diffusion.posterior_log_variance_clipped, t, x)
     max_log = _at(diffusion.log_betas, t, x)
     fraction = (values + 1) / 2
     log_variance = fraction * max_log + (1 - fraction) * min_log
     variance = torch.exp(log_variance)
-    x0 = _predict_x0(diffusion, x, eps, t).clamp(-1, 1)
+    x0 = prediction
+    if not diffusion.predict_xstart:
+        x0 = _predict_x0(diffusion, x, prediction, t)
+    x0 = x0.clamp(-1, 1)
     return _posterior_mean(diffusion, x, x0, t), variance, log_variance, x0
 
 

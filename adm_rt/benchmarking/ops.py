@@ -6,9 +6,7 @@ Then the ops of the native engine's plan of one model, which replace whole layer
 from __future__ import annotations
 
 import functools
-import types
 
-import numpy as np
 import torch
 
 from adm_rt import ops, testing
@@ -158,9 +156,7 @@ def _guided_mean_update(case):
     diffusion = Diffusion(noise_schedule="cosine", timestep_respacing="250")
     step, scale = diffusion.num_timesteps // 2, 1.0
     t = torch.full((case.batch,), step, dtype=torch.int64)
-    # Tables that torch may look at without a copy or a warning: ours are read-only.
-    arrays = {k: v.copy() for k, v in vars(diffusion).items() if isinstance(v, np.ndarray)}
-    tables = types.SimpleNamespace(**arrays)
+    tables = baselines.tables(diffusion)
     seeds = torch.arange(case.batch, dtype=torch.int64)
     row_of, plain = {
         "ddpm": (ddpm_coefficients, baselines.ddpm_update),

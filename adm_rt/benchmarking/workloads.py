@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import types
-
-import numpy as np
 
 from adm_rt import Pipeline
 from adm_rt.benchmarking.sampling_cases import STEPS
@@ -119,9 +116,7 @@ def _published(kind, engine, diffusion, times, own, seeds, guidance_scale):
     from adm_rt.benchmarking import baselines
     from adm_rt.ops.philox import INITIAL_NOISE, STEP_NOISE, philox_normal
 
-    # Tables that torch may look at without a copy or a warning: ours are read-only.
-    arrays = {k: v.copy() for k, v in vars(diffusion).items() if isinstance(v, np.ndarray)}
-    tables = types.SimpleNamespace(**arrays)
+    tables = baselines.tables(diffusion)
     y, shape = own["y"], own["x"].shape
 
     def step(x, i, t, noise):

@@ -71,7 +71,15 @@ class Wrong(contenders.Eager):
         return super().denoise(x, t, y) * 1.01
 
 
-def test_rows(tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("predict_xstart", [False, True])
+def test_rows(tmp_path, capsys, monkeypatch, predict_xstart):
+    monkeypatch.setitem(
+        sampling_cases.MODELS,
+        "tiny",
+        TINY._replace(
+            diffusion=tiny_config(noise_schedule="cosine", predict_xstart=predict_xstart)
+        ),
+    )
     table = {"eager": CONTENDERS["cpu"]["eager"], "native": NATIVE}
     monkeypatch.setitem(CONTENDERS, "cpu", table)
     file = tmp_path / "rows.json"

@@ -20,13 +20,7 @@ def add_arguments(parser):
         "adm-rt export. Needs TensorRT: pip install 'adm_rt[tensorrt]'."
     )
     add = flags.add
-    parser.add_argument("model", metavar="MODEL", help="zoo name, folder or .pt")
-    add(
-        parser,
-        "--classifier",
-        "--classifier-path",
-        help="the same for the guiding classifier; 'none' does without the model's default",
-    )
+    flags.add_model(parser, classifier=True)
     add(parser, "--dtype", default="auto", help="fp32, fp16, bf16; auto: fp16, or the folder's")
     add(
         parser,

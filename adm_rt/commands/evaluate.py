@@ -28,7 +28,7 @@ def _add_nll(commands):
         allow_abbrev=False,
     )
     nll.usage = f"{nll.prog} MODEL --data SPEC [options]"
-    nll.add_argument("model", metavar="MODEL", help="zoo name, folder or .pt")
+    flags.add_model(nll)
     add = flags.add
     add(
         nll,
@@ -70,7 +70,7 @@ def _add_digits(commands):
         allow_abbrev=False,
     )
     digits.usage = f"{digits.prog} MODEL [options]"
-    digits.add_argument("model", metavar="MODEL", help="zoo name, folder or .pt")
+    flags.add_model(digits)
     add = flags.add
     add(digits, "--steps", type=flags.steps, default=100, help="sampling steps (100)")
     add(digits, "--sampler", default="ddpm", help="(ddpm)")

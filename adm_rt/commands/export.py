@@ -15,13 +15,7 @@ def add_arguments(parser):
         "adm-rt sample --model FOLDER --engine onnx runs it. Needs pip install 'adm_rt[onnx]'."
     )
     add = flags.add
-    parser.add_argument("model", metavar="MODEL", help="zoo name, folder or .pt")
-    add(
-        parser,
-        "--classifier",
-        "--classifier-path",
-        help="the same for the guiding classifier; 'none' does without the model's default",
-    )
+    flags.add_model(parser, classifier=True)
     add(parser, "--dtype", default="fp32", help="fp32 (default), fp16 or bf16")
     add(parser, "--out", "--output", "-o", required=True, metavar="FOLDER", help="a new folder")
     add(

@@ -35,6 +35,23 @@ def add(parser, *names, **options):
     parser.add_argument(*dict.fromkeys(spelled), **options)
 
 
+def add_model(parser, classifier=False):
+    """MODEL; with ``classifier`` also --classifier."""
+    parser.add_argument("model", metavar="MODEL", help="zoo name, folder or .pt")
+    if classifier:
+        add_classifier(parser)
+
+
+def add_classifier(parser):
+    """--classifier, after a flag or argument that names the model."""
+    add(
+        parser,
+        "--classifier",
+        "--classifier-path",
+        help="the same for the guiding classifier; 'none' does without the model's default",
+    )
+
+
 def add_structure(parser, classifier=False):
     """guided-diffusion's model flags, for weights that neither a folder nor a preset describes."""
     group = parser.add_argument_group(

@@ -20,12 +20,7 @@ def add_arguments(parser):
     )
     add = flags.add
     add(parser, "--model", "--model-path", default="glyphs32", help="zoo name, folder or .pt")
-    add(
-        parser,
-        "--classifier",
-        "--classifier-path",
-        help="the same for the guiding classifier; 'none' does without the model's default",
-    )
+    flags.add_classifier(parser)
     add(parser, "--upsampler", "--upsampler-path", help="the same for an upsampler that follows")
     add(parser, "--num-images", "--num-samples", "-n", type=int, help=_COUNT_HELP)
     add(

@@ -53,6 +53,12 @@ def load_parts(model, classifier, upsampler, engine, device, dtype, preset, flag
             f"model={os.fspath(model)!r} is a classifier; give a diffusion model as model and "
             "this one as classifier"
         )
+    guide = parts["classifier"]
+    if guide is not None and guide.cfg.kind != "classifier":
+        raise ValueError(
+            f"classifier={os.fspath(classifier)!r} is of kind {guide.cfg.kind!r}, not a "
+            "classifier; give a noisy classifier, or 'none' for no guidance"
+        )
     return {
         "unet": unet,
         **parts,

@@ -74,6 +74,8 @@ def run(args):
             "the cache is off (ADM_RT_CACHE) and --out is missing: nothing would be kept; give one"
         )
     library = tensorrt_adapter.library()
+    if args.compute_capability is not None:
+        library.compute_capability(args.compute_capability)  # before a model is loaded and exported
     gpu = _gpu_identity(library, args)
     structure = flags.structure(args)
     parts = load_parts(
@@ -130,5 +132,10 @@ def _gpu_identity(library, args):
     from adm_rt.engines.tensorrt_gpu import TorchGpu
 
     if library.is_rtx:
+        if args.device != "auto":
+            raise ValueError(
+                f"device={args.device!r}: {library} builds for a range of GPUs and uses none of "
+                "them; leave it out, or name another kind of GPU with --compute-capability"
+            )
         return "none"
     return TorchGpu(args.device).identity

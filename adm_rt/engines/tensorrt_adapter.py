@@ -152,7 +152,9 @@ class TensorRT:
         if listing:
             config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
         if compute_capability is not None:
-            self._set_compute_capability(config, compute_capability)
+            target = self.compute_capability(compute_capability)
+            config.num_compute_capabilities = 1
+            config.set_compute_capability(target, 0)
         config.add_optimization_profile(self._profile(builder, network, profile))
         cache = self._set_timing_cache(config, timing_cache)
         plugins = sum(
@@ -160,7 +162,11 @@ class TensorRT:
         )
         plan = builder.build_serialized_network(network, config)
         if plan is None:
-            raise EngineError(f"{self} cannot build {Path(onnx_file).name}: {_join(log.errors)}")
+            # RTX refuses without a GPU, in words that say nothing of it.
+            hint = "; an engine without refit may build" if refit else ""
+            raise EngineError(
+                f"{self} cannot build {Path(onnx_file).name}: {_join(log.errors)}{hint}"
+            )
         times = None if cache is None else bytes(cache.serialize())
         return Built(bytes(plan), times, int(plugins), log.listing)
 
@@ -186,8 +192,9 @@ class TensorRT:
         if hasattr(flags, "REQUIRE_USER_ALLOCATION"):
             config.set_flag(flags.REQUIRE_USER_ALLOCATION)
 
-    def _set_compute_capability(self, config, text):
-        if not hasattr(config, "set_compute_capability"):
+    def compute_capability(self, text):
+        """TensorRT's own constant for "8.9"; ValueError where it builds for no such GPU."""
+        if not self.is_rtx:
             raise ValueError(
                 f"compute_capability={text!r}: {self} builds for the GPU of this machine only; "
                 "leave it out, or use tensorrt_rtx"
@@ -199,8 +206,7 @@ class TensorRT:
             raise ValueError(
                 f"compute_capability={text!r} is not known to {self}; allowed: {', '.join(numbers)}"
             )
-        config.num_compute_capabilities = 1
-        config.set_compute_capability(known[name], 0)
+        return known[name]
 
     def _profile(self, builder, network, profile):
         made = builder.create_optimization_profile()

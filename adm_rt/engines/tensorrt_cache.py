@@ -47,8 +47,7 @@ def key_of(facts) -> str:
 
 def read_facts(file):
     """The facts in an engine file's header; nothing of the plan is used. Raises ValueError."""
-    with open(file, "rb") as opened:
-        return _read_header(opened)["facts"]
+    return _read_foreign(file, lambda opened: _read_header(opened)["facts"])
 
 
 class EngineCache:
@@ -139,9 +138,7 @@ class EngineCache:
                 f"{file} was not built here. An engine file is executable code: pass trust=True "
                 "(--trust) if you trust who made it, or build it from the model instead"
             )
-        with open(file, "rb") as opened:
-            found = _read_header(opened)["facts"]
-            _, plan = _read(opened)
+        found, plan = _read_foreign(file, _read)
         different = [name for name in {**facts, **found} if found.get(name) != facts.get(name)]
         if different:
             name = min(different, key=[*facts, *found].index)
@@ -308,6 +305,18 @@ def _read(file):
     if hashlib.sha256(plan).hexdigest() != header["sha256"]:
         raise ValueError("it is damaged: its checksum is wrong")
     return header["facts"], plan
+
+
+def _read_foreign(file, read):
+    """``read`` of a file from elsewhere; ValueError that names it."""
+    try:
+        with open(file, "rb") as opened:
+            return read(opened)
+    except (OSError, ValueError) as error:
+        why = (error.strerror or error) if isinstance(error, OSError) else error
+        raise ValueError(
+            f"engine file {file}: {why}; give a file of adm-rt build-engine --out"
+        ) from error
 
 
 def _short(value):

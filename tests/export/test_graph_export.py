@@ -228,6 +228,10 @@ def test_an_old_onnx_is_named(networks, tmp_path, monkeypatch):
         (["glyphs32", "--out", ""], "out='' is empty"),
         (["EXPORTED", "--out", "o"], "an exported folder already"),
         (["glyphs32", "--classifier", "SMALL", "--out", "o"], "made for 16x16 images"),
+        (
+            ["glyphs32", "--classifier", "glyphs32", "--out", "o"],
+            "classifier='glyphs32' is of kind",
+        ),
     ],
 )
 def test_command_lines_that_are_refused(

@@ -122,7 +122,8 @@ def test_rtx_builds_for_a_gpu_that_is_not_here(folder, trt, monkeypatch, capsys)
         (["--batch", "8,4,1"], "least,tuned,most"),
         (["--ops", "fast"], "ops='fast' is unknown; allowed: auto, plugins, functions"),
         (["--compute-capability", "8.9"], "builds for the GPU of this machine only"),
-        (["--adopt", "/nowhere.engine"], "/nowhere.engine"),
+        (["--adopt", "/nowhere.engine"], "engine file /nowhere.engine: No such file"),
+        (["--adopt", __file__], "test_build_engine.py: it is no engine file of this version"),
     ],
 )
 def test_bad_arguments_are_one_line(trt, folder, capsys, arguments, message):
@@ -130,6 +131,21 @@ def test_bad_arguments_are_one_line(trt, folder, capsys, arguments, message):
     assert main(["build-engine", folder, *arguments]) == 1
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert message in error and error.startswith("adm-rt: error: ")
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--device", "cuda:1"], "device='cuda:1': tensorrt_rtx 1.7.1 builds for a range of GPUs"),
+        (["--compute-capability", "9.0"], "'9.0' is not known to tensorrt_rtx 1.7.1; allowed: 8.0"),
+    ],
+)
+def test_bad_arguments_of_rtx_are_found_before_the_model_is_read(
+    trt, monkeypatch, capsys, arguments, message
+):
+    use(monkeypatch, fake_tensorrt.make("tensorrt_rtx", "1.7.1"))
+    assert main(["build-engine", "/no/model", *arguments]) == 1
+    assert message in capsys.readouterr().err
 
 
 def test_without_a_cache_the_engines_need_a_place(trt, folder, monkeypatch, tmp_path, capsys):

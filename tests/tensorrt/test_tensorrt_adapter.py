@@ -147,7 +147,10 @@ def test_a_failed_build_says_what_tensorrt_said(trt, library, onnx_file, what):
     trt.fail[what] = "node_conv:\n no such thing"
     with pytest.raises(EngineError, match=f"{what}.* unet.onnx: node_conv: no such thing"):
         library.build(onnx_file, Profile(1, 1, 1))
-    trt.fail.clear()
+    with pytest.raises(EngineError, match="such thing; an engine without refit may build"):
+        trt.fail = {"build": "no such thing"}
+        library.build(onnx_file, Profile(1, 1, 1), refit=True)
+    trt.fail = {}
     assert library.build(onnx_file, Profile(1, 1, 1)).plan
 
 

@@ -3,6 +3,7 @@
 It measures nothing while it builds, so it needs no driver. What it builds is not run here.
 """
 
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -14,7 +15,7 @@ import pytest
 from tiny_models import tiny_network
 
 ROOT = Path(__file__).parents[2]
-TIMEOUT = 900  # seconds for all engines of a process; it takes 20 on an idle core
+TIMEOUT = 900  # seconds for all engines of a process; it takes 35 on an idle core
 REASON = "tensorrt_rtx is not installed: pip install 'adm_rt[test-tensorrt]'"
 
 pytestmark = [
@@ -22,16 +23,11 @@ pytestmark = [
     pytest.mark.slow,
 ]
 
+# With this version plugins are known to build: an exception is an error there, not a refusal.
+TAKES_PLUGINS = "1.7.1.116"
+
 # (network, dtype, batch profile)
-FUNCTIONS = [
-    ("unet", "float32", "1,4,8"),
-    ("unet", "float16", "4"),
-    ("unet", "bfloat16", "1,4,8"),
-    ("classifier_gradient", "float32", "4"),
-    ("classifier_gradient", "float16", "1,4,8"),
-    ("classifier_gradient", "bfloat16", "1,4,8"),
-]
-PLUGINS = [
+CASES = [
     (network, dtype, profile)
     for network in ("unet", "classifier_gradient")
     for dtype in ("float32", "float16", "bfloat16")
@@ -54,10 +50,10 @@ def folders(tmp_path_factory):
     return made
 
 
-def run(ops, cases, folders, **environment):
+def run(ops, folders, **environment):
     """(returncode, reports, stderr) of rtx_build.py."""
     arguments = []
-    for network, dtype, profile in cases:
+    for network, dtype, profile in CASES:
         arguments += [str(getattr(folders[dtype], network).path), profile]
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
@@ -70,13 +66,13 @@ def run(ops, cases, folders, **environment):
     lines = done.stdout.splitlines()
     reports = [json.loads(line) for line in lines if line.startswith("{")]
     assert done.returncode or lines[-1] == "done", done.stderr
-    return done.returncode, dict(zip(cases, reports)), done.stderr
+    return done.returncode, dict(zip(CASES, reports)), done.stderr
 
 
 @pytest.fixture(scope="module")
 def functions(folders):
-    status, reports, text = run("functions", FUNCTIONS, folders)
-    assert status == 0, f"after {len(reports)} of {len(FUNCTIONS)} engines: {text}"
+    status, reports, text = run("functions", folders)
+    assert status == 0, f"after {len(reports)} of {len(CASES)} engines: {text}"
     return reports
 
 
@@ -94,13 +90,13 @@ def plugins(folders, tmp_path_factory):
     folder = tmp_path_factory.mktemp("names")
     (folder / "libtensorrt_rtx.so").symlink_to(found[0])
     path = os.pathsep.join([str(folder), os.environ.get("LD_LIBRARY_PATH", "")])
-    status, reports, text = run("plugins", PLUGINS, folders, LD_LIBRARY_PATH=path)
+    status, reports, text = run("plugins", folders, LD_LIBRARY_PATH=path)
     if status:
         last = " ".join(text.split()[-30:])
-        pytest.skip(
-            f"TensorRT-RTX, which does not support plugins, ended with status {status} after "
-            f"{len(reports)} of {len(PLUGINS)} engines: {last}"
-        )
+        why = f"status {status} after {len(reports)} of {len(CASES)} engines: {last}"
+        if status > 0 and importlib.metadata.version("tensorrt_rtx") == TAKES_PLUGINS:
+            pytest.fail(why)
+        pytest.skip(f"TensorRT-RTX, which does not support plugins, ended with {why}")
     return reports
 
 
@@ -109,14 +105,14 @@ def nodes(folders, network, dtype):
     return sum(count for op, count in counts.items() if op.startswith("adm_rt::"))
 
 
-@pytest.mark.parametrize("case", FUNCTIONS, ids="-".join)
+@pytest.mark.parametrize("case", CASES, ids="-".join)
 def test_a_graph_builds_with_our_nodes_as_functions(functions, case):
     report = functions[case]
     assert report["plugins"] == report["custom"] == 0
     assert report["layers"] > 50 and report["bytes"] > 1 << 20
 
 
-@pytest.mark.parametrize("case", PLUGINS, ids="-".join)
+@pytest.mark.parametrize("case", CASES, ids="-".join)
 def test_a_graph_builds_with_every_node_of_ours_as_a_plugin(plugins, folders, case):
     network, dtype, _ = case
     report, ours = plugins[case], nodes(folders, network, dtype)
@@ -127,5 +123,5 @@ def test_a_graph_builds_with_every_node_of_ours_as_a_plugin(plugins, folders, ca
 
 
 def test_plugins_make_fewer_layers_than_functions(functions, plugins):
-    for case in set(FUNCTIONS) & set(PLUGINS):
+    for case in CASES:
         assert plugins[case]["layers"] < functions[case]["layers"], case

@@ -41,9 +41,9 @@ def make(name, version):
     flags += ["FP16", "BF16", "INT8"] if ten else []
     flags += ["REQUIRE_USER_ALLOCATION"] if rtx else []
     trt.BuilderFlag = enum.Enum("BuilderFlag", flags)
-    creation = {"EXPLICIT_BATCH": 0} if ten else {}
+    creation = ["EXPLICIT_BATCH", "STRONGLY_TYPED"] if ten else ["STRONGLY_TYPED"]
     trt.NetworkDefinitionCreationFlag = enum.IntEnum(
-        "NetworkDefinitionCreationFlag", {**creation, "STRONGLY_TYPED": 1}
+        "NetworkDefinitionCreationFlag", creation, start=0
     )
     trt.LayerType = enum.Enum("LayerType", ["CONVOLUTION", "PLUGIN_V3"])
     trt.ProfilingVerbosity = enum.Enum("ProfilingVerbosity", ["LAYER_NAMES_ONLY", "DETAILED"])
@@ -144,7 +144,7 @@ def make(name, version):
             self.log = log
 
         def create_network(self, flags=0):
-            if flags != 2:
+            if flags != 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED):
                 raise AssertionError("not strongly typed")
             return Network()
 

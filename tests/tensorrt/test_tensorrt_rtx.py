@@ -50,6 +50,40 @@ def folders(tmp_path_factory):
     return made
 
 
+# What the adapter asks of a module beside what a build shows: TensorRT needs a GPU to run engines.
+NAMES = {
+    "IBuilderConfig": "set_memory_pool_limit create_timing_cache set_timing_cache",
+    "Runtime": "deserialize_cuda_engine",
+    "ICudaEngine": "num_io_tensors get_tensor_name get_tensor_mode get_tensor_profile_shape "
+    "device_memory_size_v2 refittable serialize create_execution_context",
+    "IExecutionContext": "set_device_memory set_input_shape set_tensor_address execute_async_v3 "
+    "is_stream_capturable",
+    "Refitter": "get_missing_weights refit_cuda_engine",
+    "OnnxParserRefitter": "refit_from_file num_errors get_error",
+    "IPluginRegistry": "get_creator register_creator deregister_creator load_library",
+    "ITimingCache": "serialize",
+    "TensorIOMode": "INPUT OUTPUT",
+    "ExecutionContextAllocationStrategy": "USER_MANAGED",
+    "MemoryPoolType": "WORKSPACE",
+    "BuilderFlag": "TF32 REFIT REQUIRE_USER_ALLOCATION",
+}
+
+
+def test_the_module_has_the_names_that_its_fake_has():
+    program = (
+        "import json, sys, tensorrt_rtx as trt\n"
+        "print([f'{c}.{n}' for c, names in json.loads(sys.argv[1]).items() "
+        "for n in names.split() if not hasattr(getattr(trt, c, None), n)])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, json.dumps(NAMES)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.stdout == "[]\n", done.stdout + done.stderr
+
+
 def run(ops, folders, **environment):
     """(returncode, reports, stderr) of rtx_build.py."""
     arguments = []

@@ -1,6 +1,8 @@
 """Builds engines with tensorrt_rtx in a process of its own, because the library may abort it.
 
-    python rtx_build.py functions|plugins FILE PROFILE [FILE PROFILE ...]
+    python rtx_build.py functions|plugins|library FILE PROFILE [FILE PROFILE ...]
+
+plugins: our Python classes; library: the compiled libadm_rt_trt.so.
 
 A line of JSON for each engine; the last line is "done".
 """
@@ -24,6 +26,8 @@ def main(ops, *arguments):
     found = library("tensorrt_rtx")
     if ops == "plugins":
         tensorrt_plugins.register(found, Kernels)
+    elif ops == "library":
+        tensorrt_plugins.register(found)
     for file, profile in zip(arguments[::2], arguments[1::2], strict=True):
         begin = time.perf_counter()
         built = found.build(file, Profile.parse(profile), listing=True)

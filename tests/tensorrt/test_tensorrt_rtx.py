@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 from tiny_models import tiny_network
 
+from adm_rt.engines import tensorrt_plugins
+
 ROOT = Path(__file__).parents[2]
 TIMEOUT = 900  # seconds for all engines of a process; it takes 35 on an idle core
 REASON = "tensorrt_rtx is not installed: pip install 'adm_rt[test-tensorrt]'"
@@ -111,7 +113,8 @@ def functions(folders):
 
 
 @pytest.fixture(scope="module")
-def plugins(folders, tmp_path_factory):
+def loader_path(tmp_path_factory):
+    """LD_LIBRARY_PATH with which TensorRT-RTX loads plugins."""
     # TensorRT-RTX does not support plugins; its loader looks for a library name that the wheel has
     # with a version behind it, and ends the process when there is none. A name in a folder of this
     # process's own serves it. Only for this test: it shows that our plugins parse and build.
@@ -123,8 +126,11 @@ def plugins(folders, tmp_path_factory):
         pytest.skip("tensorrt_rtx_libs has no libtensorrt_rtx.so.*")
     folder = tmp_path_factory.mktemp("names")
     (folder / "libtensorrt_rtx.so").symlink_to(found[0])
-    path = os.pathsep.join([str(folder), os.environ.get("LD_LIBRARY_PATH", "")])
-    status, reports, text = run("plugins", folders, LD_LIBRARY_PATH=path)
+    return os.pathsep.join([str(folder), os.environ.get("LD_LIBRARY_PATH", "")])
+
+
+def with_plugins(ops, folders, loader_path):
+    status, reports, text = run(ops, folders, LD_LIBRARY_PATH=loader_path)
     if status:
         last = " ".join(text.split()[-30:])
         why = f"status {status} after {len(reports)} of {len(CASES)} engines: {last}"
@@ -132,6 +138,11 @@ def plugins(folders, tmp_path_factory):
             pytest.fail(why)
         pytest.skip(f"TensorRT-RTX, which does not support plugins, ended with {why}")
     return reports
+
+
+@pytest.fixture(scope="module")
+def plugins(folders, loader_path):
+    return with_plugins("plugins", folders, loader_path)
 
 
 def nodes(folders, network, dtype):
@@ -154,6 +165,15 @@ def test_a_graph_builds_with_every_node_of_ours_as_a_plugin(plugins, folders, ca
     assert report["plugins"] == report["custom"] == ours
     # There is a Transpose on each side of every node; TensorRT-RTX folds them into convolutions.
     assert report["transposes"] <= ours // 2
+
+
+@pytest.mark.skipif(
+    not tensorrt_plugins.LIBRARY.exists(),
+    reason="libadm_rt_trt.so is not built: ADM_RT_CUDA=on and ADM_RT_TENSORRT_INCLUDE build it",
+)
+def test_the_compiled_library_takes_every_node_of_ours(folders, loader_path):
+    for (network, dtype, _), report in with_plugins("library", folders, loader_path).items():
+        assert report["plugins"] == report["custom"] == nodes(folders, network, dtype)
 
 
 def test_plugins_make_fewer_layers_than_functions(functions, plugins):

@@ -6,7 +6,7 @@ import torch
 from adm_rt.models.classifier_gradient import ClassifierGradient
 
 BATCHES = (1, 2, 5)
-LIMITS = {"float32": 2e-5, "float16": 2e-2}  # of the largest value, but at most of 1
+LIMITS = {"float32": 2e-5, "float16": 2e-2}  # of the largest value or of 1, whichever is less
 
 
 def unet_inputs(cfg, count, seed=0):

@@ -185,7 +185,7 @@ def add_tensorrt(parser):
         "--models",
         default="64x64_diffusion",
         metavar="NAME,NAME",
-        help="bench sample's models, with random weights (default: 64x64_diffusion)",
+        help="bench sample's or released ones, with random weights (default: 64x64_diffusion)",
     )
     parser.add_argument("--batch", default="1,8", metavar="N,N", help="batch sizes (default: 1,8)")
     parser.add_argument("--dtype", default="float16", help="float16 (default), bfloat16, float32")
@@ -202,13 +202,13 @@ def add_tensorrt(parser):
 
 def check_tensorrt(args):
     """Raises ValueError; sets ``args.batches``, and makes lists of ``models`` and ``ops``."""
-    from adm_rt.benchmarking.sampling_cases import MODELS
+    from adm_rt.benchmarking.sampling_cases import ALL_MODELS
     from adm_rt.engines.base import DTYPES
 
     args.models, args.ops = args.models.split(","), args.ops.split(",")
     for name in args.models:
-        if name not in MODELS:
-            raise ValueError(f"--models {name} is unknown; allowed: {', '.join(MODELS)}")
+        if name not in ALL_MODELS:
+            raise ValueError(f"--models {name} is unknown; allowed: {', '.join(ALL_MODELS)}")
     if args.dtype not in DTYPES:
         raise ValueError(f"--dtype {args.dtype} is unknown; allowed: {', '.join(DTYPES)}")
     if not set(args.ops) <= {"plugins", "functions"}:

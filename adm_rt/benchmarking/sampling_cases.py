@@ -10,7 +10,7 @@ import numpy as np
 
 from adm_rt.engines.memory import activation_bytes
 from adm_rt.locate import locate
-from adm_rt.models import ModelConfig, preset
+from adm_rt.models import ModelConfig, list_presets, preset
 from adm_rt.models.parameter_shapes import count_parameters, parameter_shapes
 from adm_rt.models.weight_folder import is_model_folder, read_info, write_folder
 
@@ -72,6 +72,18 @@ MODELS = {
         BenchModel("64x64_diffusion", preset("64x64_diffusion"), preset("64x64_classifier")),
         BenchModel("256x256_diffusion", preset("256x256_diffusion")),
     )
+}
+
+
+def _released(name):
+    guide = f"{name.partition('_')[0]}_classifier"
+    classifier = preset(guide) if guide in list_presets("classifier") else None
+    return BenchModel(name, preset(name), classifier)
+
+
+# and every released denoiser and upsampler, with the classifier of its size
+ALL_MODELS = MODELS | {
+    name: _released(name) for name in (*list_presets("diffusion"), *list_presets("upsampler"))
 }
 
 CASES = (

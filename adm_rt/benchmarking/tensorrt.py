@@ -11,10 +11,11 @@ import platform
 import time
 
 import numpy as np
+import torch
 
 from adm_rt import __version__, testing
 from adm_rt.benchmarking import machine
-from adm_rt.benchmarking.sampling_cases import MODELS, configs, random_weights
+from adm_rt.benchmarking.sampling_cases import ALL_MODELS, configs, random_weights
 from adm_rt.models.model_weights import ModelWeights, content_digest
 from adm_rt.models.weight_folder import ModelInfo
 
@@ -36,17 +37,19 @@ def rows(args):
     args.failures = []
     print(_heading(library, gpu))
     result = []
-    for ops in sorted(args.ops):  # functions first: a plugin library, once loaded, is in their way
-        for model in args.models:
-            networks = _networks(model)
-            for batch in args.batches:
-                result += _compare(args, library, gpu, model, networks, batch, ops)
+    # torch's float32 convolutions are TF32 by default, TensorRT's here are not.
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        for ops in sorted(args.ops):  # functions first: a plugin library stays in the process
+            for model in args.models:
+                networks = _networks(model)
+                for batch in args.batches:
+                    result += _compare(args, library, gpu, model, networks, batch, ops)
     return result
 
 
 def _networks(model):
     """part -> ModelWeights, random ones."""
-    cfgs = configs(MODELS[model])
+    cfgs = configs(ALL_MODELS[model])
     made = {}
     for part, cfg in cfgs.items():
         state = random_weights(cfg)
@@ -176,8 +179,6 @@ def _row(args, library, gpu, model, batch, ops, name, prepared, error):
 
 
 def _heading(library, gpu):
-    import torch
-
     parts = [gpu.identity, str(library), f"torch {torch.__version__}", f"adm_rt {__version__}"]
     return ", ".join([*parts, f"Python {platform.python_version()}, commit {machine.commit()}"])
 

@@ -174,7 +174,9 @@ class _Network:
         options.log_severity_level = _LOG_ERRORS
         providers = [_CPU]
         if device != "cpu":
-            providers = [(_CUDA, {"device_id": device.partition(":")[2] or "0"}), _CPU]
+            # float32 in the file means float32
+            chosen = {"device_id": device.partition(":")[2] or "0", "use_tf32": "0"}
+            providers = [(_CUDA, chosen), _CPU]
         try:
             self._session = runtime.InferenceSession(
                 os.fspath(exported.path), options, providers=providers

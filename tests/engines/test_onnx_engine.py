@@ -367,7 +367,8 @@ def test_the_cuda_provider_where_there_is_one(folder, monkeypatch):
     with monkeypatch.context() as patch:  # a GPU's memory without a torch that could ask for it
         patch.setitem(sys.modules, "torch", None)
         assert choose_batch_size("auto", 3, engine, guided=True) == 3
-    assert engine._unet._session.asked[0] == ("CUDAExecutionProvider", {"device_id": "1"})
+    chosen = {"device_id": "1", "use_tf32": "0"}
+    assert engine._unet._session.asked[0] == ("CUDAExecutionProvider", chosen)
     assert create("auto").device == "cuda:0" and create("cpu").device == "cpu"
     assert create("auto", driver=False).device == "cpu"
     fallen = create("auto", starts=False)

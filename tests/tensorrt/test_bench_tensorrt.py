@@ -8,7 +8,9 @@ import torch
 from fake_gpu import FakeGpu, write_graphs
 
 from adm_rt import benchmarking
+from adm_rt.benchmarking import sampling_cases
 from adm_rt.engines import tensorrt_adapter, tensorrt_plugins, torch_engine
+from adm_rt.models import list_presets, preset
 
 
 @pytest.fixture
@@ -88,10 +90,19 @@ def test_a_wrong_result_and_a_path_that_fails_are_reported_and_the_rest_goes_on(
     assert captured.out.count("images/s") == 3
 
 
+def test_every_released_model_can_be_measured_with_the_classifier_of_its_size():
+    for name in (*list_presets("diffusion"), *list_presets("upsampler")):
+        size = name.partition("x")[0]
+        guide = [preset(f"{size}x{size}_classifier")] if size.isdecimal() else []
+        found = sampling_cases.configs(sampling_cases.ALL_MODELS[name])
+        assert list(found.values()) == [preset(name), *guide]
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
         (["--models", "adm512"], "adm512 is unknown; allowed: glyphs32"),
+        (["--models", "64x64_classifier"], "64x64_classifier is unknown"),
         (["--dtype", "int8"], "int8 is unknown; allowed: float32"),
         (["--ops", "both"], "allowed are plugins and functions"),
         (["--steps", "0"], "must be at least 1"),

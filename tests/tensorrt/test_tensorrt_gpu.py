@@ -18,6 +18,13 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is 
 LIMITS = {"float32": 2e-5, "float16": 2e-2, "bfloat16": 2e-1}  # of the largest value
 
 
+@pytest.fixture(autouse=True)
+def float32_convolutions():
+    """torch's are TF32 by default, TensorRT's here are not."""
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        yield
+
+
 @pytest.fixture(scope="module")
 def library():
     try:

@@ -68,10 +68,10 @@ def run(network, *arguments):
 
 
 class HalfPrecision(TorchFunctionMode):
-    """autocast's float16 as a GPU computes it: operands and results of convolutions and dense
-    layers are float16, their sums float32. (The CPU's own float16 convolutions take minutes.)"""
+    """autocast's float16 as a GPU computes it: operands and results of convolutions and products
+    of matrices are float16, their sums float32. (The CPU's own in float16 take minutes.)"""
 
-    ROUNDED = (F.conv1d, F.conv2d, F.conv_transpose2d, F.linear)
+    ROUNDED = (F.conv1d, F.conv2d, F.conv_transpose2d, F.linear, torch.Tensor.__matmul__)
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}

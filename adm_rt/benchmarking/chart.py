@@ -52,22 +52,24 @@ def draw(rows, path):
     order = [*CONTENDERS["cpu"]]
     names = sorted({n for bars in table.values() for n in bars}, key=order.index)
     names = [n for n in names if n not in OURS] + [n for n in reversed(OURS) if n in names]
+    bars_in_all = sum(len(bars) for bars in table.values())
     figure, axes = pyplot.subplots(
-        figsize=(8, 0.9 + len(table) * (0.32 + 0.17 * len(names))), constrained_layout=True
+        figsize=(8, 1.0 + 0.17 * (bars_in_all + len(table))), constrained_layout=True
     )
-    height = 0.86 / len(names)
-    for i, bars in enumerate(table.values()):
+    top, centres = 0.0, []
+    for bars in table.values():
         for j, name in enumerate(n for n in names if n in bars):
             ratio, ms = bars[name]
-            place = i + (j + 0.5) * height - 0.43
-            axes.barh(place, ratio, height * 0.9, color=_colour(name))
+            axes.barh(top + j, ratio, 0.9, color=_colour(name))
             text = f" {ratio:.2f}x  {_time(ms)}"
-            axes.text(ratio, place, text, va="center", fontsize=7.5, color="#334155")
+            axes.text(ratio, top + j, text, va="center", fontsize=7.5, color="#334155")
+        centres.append(top + (len(bars) - 1) / 2)
+        top += len(bars) + 1
     labels = [
         f"{name}\n{sizes}, {threads} thread{'s' * (threads > 1)}" for name, sizes, threads in table
     ]
-    axes.set_yticks(range(len(table)), labels, fontsize=8.5)
-    axes.invert_yaxis()
+    axes.set_yticks(centres, labels, fontsize=7.5)
+    axes.set_ylim(top - 1.3, -0.7)
     axes.axvline(1, color="#94a3b8", linewidth=0.8)
     axes.set_xlim(0, 1.22 * max(ratio for bars in table.values() for ratio, _ in bars.values()))
     axes.set_xlabel("speed relative to eager PyTorch (higher is better)", fontsize=8.5)
@@ -76,7 +78,8 @@ def draw(rows, path):
     handles = [pyplot.Rectangle((0, 0), 1, 1, color=_colour(n)) for n in names]
     titles = [CONTENDERS["cpu"][n].title for n in names]
     figure.legend(handles, titles, loc="outside upper center", ncols=3, fontsize=8, frameon=False)
-    figure.text(0.995, 0.004, rows[0]["processor"], ha="right", fontsize=6.5, color="#94a3b8")
+    machine = f"{rows[0]['processor']}, {rows[0]['isa']}"
+    figure.text(0.995, 0.004, machine, ha="right", fontsize=6.5, color="#94a3b8")
     temporary = f"{path}.part"
     try:
         figure.savefig(temporary, dpi=150, format="png")

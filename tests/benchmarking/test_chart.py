@@ -17,6 +17,7 @@ def row(baseline, ours_ms, baseline_ms, name="64 forward"):
         "ours_ms": ours_ms,
         "baseline_ms": baseline_ms,
         "processor": "a processor",
+        "isa": "avx2",
     }
 
 

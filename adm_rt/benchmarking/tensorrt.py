@@ -31,7 +31,7 @@ def rows(args):
     ``args.failures`` takes what went wrong: a wrong result of one path does not end the run.
     """
     from adm_rt.engines import tensorrt_adapter
-    from adm_rt.engines.tensorrt_gpu import TorchGpu
+    from adm_rt.engines.torch_gpu import TorchGpu
 
     library, gpu = tensorrt_adapter.library(), TorchGpu(args.device)
     args.failures = []

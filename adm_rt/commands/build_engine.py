@@ -129,7 +129,7 @@ def _file_name(model, facts):
 
 def _gpu_identity(library, args):
     """What the engine is for; TensorRT-RTX builds without a GPU."""
-    from adm_rt.engines.tensorrt_gpu import TorchGpu
+    from adm_rt.engines.torch_gpu import TorchGpu
 
     if library.is_rtx:
         if args.device != "auto":

@@ -90,7 +90,7 @@ def _add_running(parser):
 def _nll(args):
     from adm_rt.data import open_dataset
     from adm_rt.diffusion import Diffusion
-    from adm_rt.engines.torch_engine import resolve_device
+    from adm_rt.engines.torch_gpu import resolve_device
     from adm_rt.evaluation.nll import bits_per_dim, summary
     from adm_rt.locate import locate
     from adm_rt.models import load_checkpoint

@@ -186,7 +186,7 @@ def _packed_weights():
 
 
 def _device_auto():
-    from adm_rt.engines.torch_engine import resolve_device
+    from adm_rt.engines.torch_gpu import resolve_device
 
     return str(resolve_device("auto"))
 

@@ -1,27 +1,26 @@
-"""The TensorRT engine: both networks as TensorRT engines, a whole run as one CUDA graph.
+"""The TensorRT engine: both networks as TensorRT engines, a run as replays of a CUDA graph.
 
 Engines are built for the GPU that is here on first use, which takes minutes for a large model, and
 kept in a cache (``tensorrt_cache``); ``adm-rt build-engine`` builds them beforehand. A run of all
-steps without a callback is captured once and replayed for every batch: UNet, classifier gradient
-and ``guided_mean_update`` of every step on one stream.
+steps without a callback is replayed from a recording of one step (``captured_run``): UNet and
+classifier gradient side by side, then ``guided_mean_update``.
 
 Nothing here has been measured, or run, on a GPU yet.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 
 from adm_rt.engines import tensorrt_adapter
 from adm_rt.engines.base import DTYPES, check_fit, check_low_res
+from adm_rt.engines.captured_run import RunRecorder
 from adm_rt.engines.memory import activation_bytes
 from adm_rt.engines.tensorrt_adapter import Profile
-from adm_rt.engines.tensorrt_builder import EngineBuilder, say
+from adm_rt.engines.tensorrt_builder import EngineBuilder
 from adm_rt.engines.tensorrt_cache import EngineCache, default_folder
-from adm_rt.engines.tensorrt_gpu import TorchGpu
 from adm_rt.engines.tensorrt_source import Sources
+from adm_rt.engines.torch_gpu import TorchGpu
 from adm_rt.errors import EngineError
 from adm_rt.export.manifest import CLASSIFIER_GRADIENT, UNET
 
@@ -36,8 +35,8 @@ class TensorRTEngine:
     has for a batch, else builds 1,8,32. refit: build engines whose weights can be exchanged (a
     cached one of the same network is used for other weights without a build). ops: "plugins" runs
     our nodes with our kernels, "functions" as standard ops that TensorRT fuses itself; "auto" takes
-    plugins where they can be loaded. graph: False runs the steps one by one, never as one CUDA
-    graph. library, gpu, cache: for tests. One thread at a time.
+    plugins where they can be loaded. graph: False runs the steps one by one, never as CUDA
+    graphs. library, gpu, cache: for tests. One thread at a time.
 
     Raises MissingExtraError without TensorRT (naming the pip command), ValueError without a GPU,
     EngineError for what TensorRT says, OSError for a cache folder that cannot be written.
@@ -84,7 +83,8 @@ class TensorRTEngine:
         }
         self._cfg = unet.cfg
         self._classifier_cfg = None if classifier is None else classifier.cfg
-        self._captured, self._graph = None, bool(graph)
+        self._graph = bool(graph)
+        self._runs = RunRecorder(self, self._gpu, unet.cfg.out_channels, self._check_capturable)
 
     def from_numpy(self, values):
         return self._gpu.from_numpy(values)
@@ -110,7 +110,7 @@ class TensorRTEngine:
                 f"0..{cfg.num_classes - 1}"
             )
         check_low_res(low_res, cfg)
-        inputs = {"x": x, "t": self._gpu.full(len(x), t)}
+        inputs = {"x": x, "t": self._gpu.times(len(x), t)}
         if cfg.class_cond:
             inputs["y"] = y
         if low_res is not None:
@@ -121,75 +121,18 @@ class TensorRTEngine:
     def classifier_gradient(self, x, t, y):
         if CLASSIFIER_GRADIENT not in self._networks:
             raise ValueError("classifier_gradient needs a classifier; this engine was made without")
-        inputs = {"x": x, "t": self._gpu.full(len(x), t), "y": y}
+        inputs = {"x": x, "t": self._gpu.times(len(x), t), "y": y}
         return self._networks[CLASSIFIER_GRADIENT].run(inputs, "gradient", tuple(x.shape))
 
-    def run_captured(
-        self, sampler, x, diffusion, y, guidance_scale, *, noise=None, low_res=None, **options
-    ):
-        """A whole run of ``sampler`` as one CUDA graph, recorded on first use.
-
-        Arguments as the sampler's, without a callback; noise: seeds. Replayed as long as only the
-        values of x, y, the seeds and low_res change. Returns a ``Run``, or None where it cannot be
-        recorded (a note says why): then the steps have to be run one by one.
-        """
+    def run_captured(self, sampler, x, diffusion, y, guidance_scale, **options):
+        """A whole run of ``sampler`` as replays of CUDA graphs; see ``RunRecorder.run``."""
         if not self._graph:
             return None
-        given = {"x": x, "y": y, "noise": noise, "low_res": low_res}
-        inputs = {name: _on_device(self._gpu, value) for name, value in given.items()}
-        key = _Key(
-            sampler,
-            {k: None if v is None else (tuple(v.shape), v.dtype) for k, v in inputs.items()},
-            float(guidance_scale),
-            (diffusion.to_config(), diffusion.betas.tobytes()),
-            options,
-        )
-        if self._captured is None or self._captured.key != key:
-            self._captured = None  # its memory first
-            try:
-                self._captured = self._capture(key, inputs, diffusion)
-            except (EngineError, RuntimeError) as error:
-                self._graph = False
-                self.notes.append(f"steps run one by one, not as one CUDA graph: {error}")
-                say(self.notes[-1])
-                return None
-        captured = self._captured
-        for name, value in inputs.items():
-            if value is not None:
-                captured.inputs[name].copy_(value)
-        captured.replay()
-        x, total = captured.result
-        return Run(x.clone(), captured.timesteps, bool(torch.isfinite(total).all()))
+        return self._runs.run(sampler, x, diffusion, y, guidance_scale, **options)
 
-    def _capture(self, key, inputs, diffusion):
-        kept = {k: None if v is None else v.clone() for k, v in inputs.items()}
-        x, y, low_res = kept["x"], kept["y"], kept["low_res"]
-        t, timesteps = diffusion.model_timestep(0), []
-
-        def warm_up():  # TensorRT allocates and loads kernels the first time it sees a shape
-            self.denoise(x, t, y, low_res)
-            if key.guidance_scale != 0:
-                self.classifier_gradient(x, t, y)
-            for network in self._networks.values():
-                network.check_capturable(len(x))
-
-        def run():
-            watched = _Summed(self, self._gpu.full(1, 0.0))
-            end = key.sampler(
-                watched,
-                x,
-                diffusion,
-                y,
-                key.guidance_scale,
-                noise=kept["noise"],
-                low_res=low_res,
-                callback=lambda step, total, t, x0: timesteps.append(t),
-                **key.options,
-            )
-            return end, watched.total
-
-        replay, result = self._gpu.capture(warm_up, run)
-        return _Captured(key, kept, replay, result, list(timesteps))
+    def _check_capturable(self, count):
+        for network in self._networks.values():
+            network.check_capturable(count)
 
     def refit(self, unet, classifier=None):
         """Go over to other weights of the same networks (an average, say), without a new engine.
@@ -206,51 +149,9 @@ class TensorRTEngine:
                 "unet, classifier: refitting exchanges weights, but these are other networks; make "
                 "a new engine"
             )
-        self._captured = None  # holds the addresses and values of the old weights
+        self._runs.forget()
         self._builder.replace_sources(sources)
         return [name for name, network in self._networks.items() if network.refit()]
-
-
-class Run(NamedTuple):
-    """x: a finished batch; timesteps: those of its steps, of the original process; finite: whether
-    all that the networks said was."""
-
-    x: torch.Tensor
-    timesteps: list[float]
-    finite: bool
-
-
-class _Summed:
-    """An engine whose answers are added up: a clip would hide a NaN or an infinity in them."""
-
-    def __init__(self, engine, total):
-        self._engine, self.total = engine, total
-
-    def denoise(self, *arguments):
-        return self._added(self._engine.denoise(*arguments))
-
-    def classifier_gradient(self, *arguments):
-        return self._added(self._engine.classifier_gradient(*arguments))
-
-    def _added(self, values):
-        self.total.add_(values.sum())
-        return values
-
-
-class _Key(NamedTuple):
-    sampler: object
-    shapes: dict
-    guidance_scale: float
-    diffusion: tuple
-    options: dict
-
-
-class _Captured(NamedTuple):
-    key: _Key
-    inputs: dict
-    replay: object
-    result: object
-    timesteps: list
 
 
 class _Network:
@@ -303,9 +204,3 @@ class _Network:
         self._loaded.append((engine, scratch))
         self._builder.sources.done(self.name)
         return engine
-
-
-def _on_device(gpu, value):
-    if value is None or isinstance(value, torch.Tensor):
-        return value
-    return gpu.from_numpy(value)

@@ -12,33 +12,6 @@ from adm_rt.models.checkpoint import module_of
 from adm_rt.models.classifier_gradient import ClassifierGradient
 
 
-def resolve_device(device="auto"):
-    """torch.device for "auto" | "cpu" | "cuda" | "cuda:N"; ValueError when it is not there."""
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        resolved = torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(
-            f"device={device!r} is not a device; use 'auto', 'cpu' or 'cuda'"
-        ) from error
-    if resolved.type not in ("cpu", "cuda"):
-        raise ValueError(f"device={device!r}: this engine runs on 'cpu' and 'cuda' only")
-    if resolved.type == "cuda":
-        if not torch.cuda.is_available():
-            why = "it was built without CUDA" if torch.version.cuda is None else "it sees no GPU"
-            raise ValueError(
-                f"device={device!r} cannot be used: torch {torch.__version__} is here, but {why}; "
-                "use device='cpu', or 'auto' to take whatever is there"
-            )
-        if (resolved.index or 0) >= torch.cuda.device_count():
-            raise ValueError(
-                f"device={device!r}: there are {torch.cuda.device_count()} CUDA devices, "
-                "numbered from 0"
-            )
-    return resolved
-
-
 class TorchEngine:
     """Runs a UNet (or SuperResUNet) and a NoisyClassifier; see ``Engine`` for the methods.
 

@@ -99,8 +99,14 @@ def _call(
     learned_variance,
     clip,
     quantile,
+    table=(0, 0, 0),
+    has_state=None,
 ):
-    """(x_next, x0, state or None); seeds is the array on the device or None."""
+    """(x_next, x0, state or None); seeds is the array on the device or None.
+
+    table: addresses of rows, counter and arrivals that replace coefficients and step; then
+    has_state says whether there is to be a state.
+    """
     n, channels, height, width = x.shape
     (out, uncond), out_code, out_by_pixels = _as_they_lie(
         library, [model_output, uncond_output], channels
@@ -109,7 +115,8 @@ def _call(
     x, *history = (library.dense(tensor) for tensor in (x, *history))
     noise = None if noise is None else library.dense(noise)
     x_next, x0 = library.empty(x.shape, x), library.empty(x.shape, x)
-    state = library.empty(x.shape, x) if any(coefficients[10:15]) else None
+    has_state = any(coefficients[10:15]) if has_state is None else has_state
+    state = library.empty(x.shape, x) if has_state else None
     # Thresholds of dynamic clipping; the allocators order their reuse by stream.
     limits = library.empty((n,), x)
     inputs = (x, out, uncond, gradient, *history, *[None] * (3 - len(history)), noise, seeds)
@@ -123,7 +130,7 @@ def _call(
         learned_variance,
         CLIPS.index(clip),
         quantile,
-        (0, 0, 0, library.address(limits)),
+        (*table, library.address(limits)),
         (out_by_pixels, gradient_by_pixels),
         [],
         0,
@@ -137,6 +144,32 @@ def torch_op(x, *arguments):
     with cuda_stream(x) as stream:
         x_next, x0, state = _call(_Torch(), stream, x, *arguments)
     return x_next, x0, x.new_empty(0) if state is None else state
+
+
+def torch_step(
+    x,
+    model_output,
+    rows,
+    counter,
+    *,
+    advance,
+    state,
+    gradient,
+    uncond_output,
+    history,
+    seeds,
+    learned_variance,
+    clip,
+    quantile,
+):
+    """``StepTable.update`` on CUDA. rows: the table; counter: addresses of step and arrivals."""
+    step, arrivals = counter
+    table = (rows.data_ptr(), step, arrivals if advance else 0)
+    with cuda_stream(x) as stream:
+        return _call(
+            _Torch(), stream, x, model_output, [0.0] * rows.shape[1], gradient, uncond_output,
+            history, None, seeds, 0, learned_variance, clip, quantile, table, state,
+        )  # fmt: skip
 
 
 def cupy(x, model_output, coefficients, *, seeds, **arguments):

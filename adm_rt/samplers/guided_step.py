@@ -34,7 +34,8 @@ class GuidedRun:
     """One run of a sampler: its arguments, checked before any engine call, and its steps.
 
     Args:
-        engine: has ``denoise`` and, if guided, ``classifier_gradient``.
+        engine: has ``denoise`` and, if guided, ``classifier_gradient``; a ``guided_mean_update`` of
+            its own takes the place of the op's.
         x: float images [N, C, H, W] to start from, torch or NumPy.
         diffusion: the respaced process.
         y: int64 labels [N], or None.
@@ -162,6 +163,7 @@ class GuidedRun:
         return StepResult(next_x, x0, state, stop)
 
     def _update(self, x, out, row, *, gradient, uncond_output, **rest):
+        update = getattr(self._engine, "guided_mean_update", ops.guided_mean_update)
         options = {"clip": self._clip, "quantile": self._quantile}
         if self._clip == "dynamic" and gradient is not None and row.guide_x0 != 0:
             # The op thresholds before guidance. Thresholding is there to tame the guided x0, so
@@ -173,12 +175,12 @@ class GuidedRun:
                 guide_x0=row.guide_x0,
                 next_x0=1.0,
             )
-            out, _, _ = ops.guided_mean_update(
+            out, _, _ = update(
                 x, out, first, gradient=gradient, uncond_output=uncond_output, clip="none"
             )
             row = row._replace(x0_x=0.0, x0_out=1.0, guide_x0=0.0)
             gradient = uncond_output = None
-        return ops.guided_mean_update(
+        return update(
             x, out, row, gradient=gradient, uncond_output=uncond_output, **rest, **options
         )
 

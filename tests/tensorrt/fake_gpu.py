@@ -1,6 +1,7 @@
 """A GPU made of CPU memory, and exported networks whose graphs the fake TensorRT understands."""
 
 import contextlib
+import functools
 from unittest import mock
 
 import fake_tensorrt
@@ -30,13 +31,13 @@ def recording():
 
 
 class FakeGpu:
-    """``TorchGpu`` on the CPU. A captured graph is the function itself, called at each replay; as
-    in CUDA, its tensors are those of the recording."""
+    """``TorchGpu`` on the CPU. A captured graph is the function itself, called at each replay."""
 
-    device, stream = "cuda:0", 5
+    device, stream, torch_device = "cuda:0", 5, torch.device("cpu")
 
     def __init__(self, identity="NVIDIA H200 sm_90"):
         self.identity, self.captures, self.replays, self.can_capture = identity, 0, 0, True
+        self.branches = 0
 
     def from_numpy(self, values):
         return torch.from_numpy(values)
@@ -44,8 +45,8 @@ class FakeGpu:
     def empty(self, shape, dtype=torch.float32):
         return torch.full(shape, 77, dtype=dtype)
 
-    def full(self, count, value):
-        return torch.full((count,), float(value))
+    def times(self, count, t):
+        return t.expand(count) if isinstance(t, torch.Tensor) else torch.full((count,), float(t))
 
     def scratch(self, size):
         return torch.empty(size, dtype=torch.uint8)
@@ -53,20 +54,25 @@ class FakeGpu:
     def synchronize(self):
         pass
 
-    def capture(self, warm_up, function):
+    def side_by_side(self, first, second):
+        self.branches += 1
+        aside = second()
+        return first(), aside
+
+    def capture(self, warm_up, functions):
         if not self.can_capture:
             raise RuntimeError("operation not permitted when stream is capturing")
         warm_up()
-        self.captures += 1
-        with recording():
-            results = function()
+        for function in functions:
+            self.captures += 1
+            with recording():
+                function()
+        return [functools.partial(self._replay, function) for function in functions]
 
-        def replay():
-            self.replays += 1
-            for result, new in zip(results, function(), strict=True):
-                result.copy_(new)
-
-        return replay, results
+    def _replay(self, function):
+        self.replays += 1
+        with recording():  # a replay runs no code of ours, so nothing of it may wait either
+            function()
 
 
 def write_graphs(folder, unet_scale=0.5, gradient_scale=-0.1, cfgs=None, dtype="float16"):

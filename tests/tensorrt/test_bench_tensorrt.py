@@ -19,7 +19,7 @@ def trt(monkeypatch, tmp_path):
     module = fake_tensorrt.make("tensorrt", "10.16.1")
     library = tensorrt_adapter.TensorRT(module)
     monkeypatch.setattr(tensorrt_adapter, "library", lambda name=None: library)
-    monkeypatch.setattr("adm_rt.engines.tensorrt_gpu.TorchGpu", lambda device: FakeGpu())
+    monkeypatch.setattr("adm_rt.engines.torch_gpu.TorchGpu", lambda device: FakeGpu())
     monkeypatch.setattr("adm_rt.export.exporter.export_model", export_model)
     monkeypatch.setattr(tensorrt_plugins, "_missing_launchers", lambda: "")
     monkeypatch.setattr(tensorrt_plugins, "_registered", {})

@@ -24,7 +24,7 @@ def trt(monkeypatch, tmp_path):
     """tensorrt 10.16 on one GPU, and a cache of its own."""
     module = fake_tensorrt.make("tensorrt", "10.16.1")
     use(monkeypatch, module)
-    monkeypatch.setattr("adm_rt.engines.tensorrt_gpu.TorchGpu", lambda device: FakeGpu())
+    monkeypatch.setattr("adm_rt.engines.torch_gpu.TorchGpu", lambda device: FakeGpu())
     monkeypatch.setenv("ADM_RT_CACHE", str(tmp_path / "cache"))
     return module
 
@@ -92,7 +92,7 @@ def test_engine_files_travel_and_are_taken_with_trust_alone(
     assert build(folder, "--batch", "4") == 0
     assert len(builds(trt)) == 2
     # another GPU, another model
-    monkeypatch.setattr("adm_rt.engines.tensorrt_gpu.TorchGpu", lambda device: FakeGpu("L4 sm_89"))
+    monkeypatch.setattr("adm_rt.engines.torch_gpu.TorchGpu", lambda device: FakeGpu("L4 sm_89"))
     assert build(*adopt, "--trust") == 1
     assert 'gpu="NVIDIA H200 sm_90", but "L4 sm_89" is needed' in capsys.readouterr().err
     other = str(write_graphs(tmp_path / "other", unet_scale=0.25))

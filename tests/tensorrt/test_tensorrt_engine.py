@@ -312,7 +312,8 @@ def test_a_captured_run_is_the_run_step_by_step(ten, networks, cache, sampler):
         run, plain, timesteps = run_both(engine, sampler, seeds)
         assert torch.equal(run.x, plain) and run.finite
         assert run.timesteps == timesteps and len(timesteps) >= 4
-    assert (gpu.captures, gpu.replays) == (1, 2)  # recorded once, for other values too
+    # One step is recorded, once, and replayed for all of both runs.
+    assert (gpu.captures, gpu.replays) == (1, 10)
     run_both(engine, sampler, (1, 2, 3))
     run_both(engine, sampler, (1, 2, 3), scale=0.0)
     run_both(engine, sampler, (1, 2, 3), scale=0.0, clip="none")
@@ -320,20 +321,21 @@ def test_a_captured_run_is_the_run_step_by_step(ten, networks, cache, sampler):
 
 
 @pytest.mark.parametrize(
-    "sampler, options",
+    "sampler, options, kinds",
     [
-        ("ddpm", {"clip": "dynamic"}),
-        ("ddim", {"eta": 0.7, "guidance_interval": (200, 800), "guidance_every": 2}),
-        ("dpmpp_2m", {"clip": "dynamic", "quantile": 0.9}),
-        ("dpmpp_2m", {"cfg_scale": 2.0, "null_label": 4}),
-        ("unipc", {"clip": "none"}),
+        ("ddpm", {"clip": "dynamic"}, 1),
+        # without guidance, with a new gradient, with the one before
+        ("ddim", {"eta": 0.7, "guidance_interval": (200, 800), "guidance_every": 2}, 3),
+        ("dpmpp_2m", {"clip": "dynamic", "quantile": 0.9}, 1),
+        ("dpmpp_2m", {"cfg_scale": 2.0, "null_label": 4}, 1),
+        ("unipc", {"clip": "none"}, 1),
     ],
 )
-def test_every_option_can_be_recorded(ten, networks, cache, sampler, options):
+def test_every_option_can_be_recorded(ten, networks, cache, sampler, options, kinds):
     gpu = FakeGpu()
     engine = make(ten, networks, cache, gpu)
     run, plain, _ = run_both(engine, sampler, **options)
-    assert gpu.captures == 1, engine.notes  # nothing waited for the GPU
+    assert gpu.captures == kinds, engine.notes  # nothing waited for the GPU
     assert torch.equal(run.x, plain)
 
 
@@ -355,13 +357,13 @@ def test_the_networks_run_before_the_recording_begins(ten, networks, cache):
     engine, order = make(ten, networks, cache, gpu), []
     capture = gpu.capture
 
-    def watched(warm_up, function):
+    def watched(warm_up, functions):
         def first():
             warm_up()
             order.extend(c[0] for c in ten.calls)
             ten.calls.clear()
 
-        result = capture(first, function)
+        result = capture(first, functions)
         order.append("recorded")
         return result
 
@@ -415,10 +417,10 @@ def pipeline(ten, networks, cache, monkeypatch):
 def test_a_pipeline_runs_batches_as_graphs_unless_somebody_watches(pipeline):
     options = {"steps": 4, "batch_size": 2, "progress": False, "sampler": "ddpm"}
     graphs = pipeline(5, **options)
-    assert (pipeline.gpu.captures, pipeline.gpu.replays) == (2, 3)  # batches of 2, 2, 1
+    assert (pipeline.gpu.captures, pipeline.gpu.replays) == (2, 12)  # batches of 2, 2, 1
     seen = []
     watched = pipeline(5, callback=lambda step, total, t, x0: seen.append(t), **options)
-    assert pipeline.gpu.replays == 3 and len(seen) == 12
+    assert pipeline.gpu.replays == 12 and len(seen) == 12
     assert np.array_equal(graphs.images, watched.images)
     assert graphs.metadata["timesteps"] == watched.metadata["timesteps"] == seen[:4]
     assert graphs.metadata["engine"] == "tensorrt" and graphs.metadata["dtype"] == "float16"

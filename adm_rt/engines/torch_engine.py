@@ -1,13 +1,14 @@
-"""The torch engine: the modules of ``adm_rt.models`` as they are, and their gradient network."""
+"""The torch engine: the modules of ``adm_rt.models`` on the CPU, their channels_last form on CUDA."""
 
 from __future__ import annotations
-
-import contextlib
 
 import torch
 
 from adm_rt.engines.base import DTYPES, check_fit, check_low_res
+from adm_rt.engines.captured_run import RunRecorder
+from adm_rt.engines.cuda_networks import CudaUNet, gradient_network
 from adm_rt.engines.memory import activation_bytes
+from adm_rt.engines.torch_gpu import TorchGpu, chosen_convolutions, resolve_device
 from adm_rt.models.checkpoint import module_of
 from adm_rt.models.classifier_gradient import ClassifierGradient
 
@@ -15,40 +16,48 @@ from adm_rt.models.classifier_gradient import ClassifierGradient
 class TorchEngine:
     """Runs a UNet (or SuperResUNet) and a NoisyClassifier; see ``Engine`` for the methods.
 
-    unet, classifier: torch modules, or ``ModelWeights`` that are made into such. They are
-    moved to ``device``, set to evaluation mode and frozen in place: the
-    classifier's gradient is taken with respect to the image only, never the weights.
+    unet, classifier: torch modules, or ``ModelWeights`` that are made into such. The classifier's
+    gradient is that of ``ClassifierGradient``: with respect to the image only, never the weights.
 
-    On the CPU everything is float32, whatever was asked for (a note says so), and the classifier's
-    gradient is that of ``ClassifierGradient`` (which copies its convolution weights: make a new
-    engine after changing them). On CUDA, half types run under autocast and the gradient is
-    autograd's. CUDA has not been measured.
+    On the CPU the modules themselves are set to evaluation mode and frozen; everything is float32,
+    whatever was asked for (a note says so). The gradient has copies of the convolution weights:
+    make a new engine after changing them.
+
+    On CUDA the weights are copied into the form of ``cuda_networks``, in float32, bfloat16 or
+    float16, and whole runs are replays of CUDA graphs (``run_captured``); graph: False runs their
+    steps one by one, as ``denoise`` and ``classifier_gradient`` do, to the same bits. Needs the
+    CUDA kernels (``adm_rt._cuda``): ImportError at the first call otherwise. CUDA has not been
+    measured. gpu: for tests.
     """
 
     name = "torch"
 
-    def __init__(self, unet, classifier=None, device="cpu", dtype="float32"):
+    def __init__(
+        self, unet, classifier=None, device="cpu", dtype="float32", *, graph=True, gpu=None
+    ):
         if dtype != "auto" and dtype not in DTYPES:
             raise ValueError(f"dtype={dtype!r} is unknown; allowed: 'auto', " + _quoted(DTYPES))
         if classifier is not None:
             check_fit(unet.cfg, classifier.cfg)
-        self._device = resolve_device(device)
+        resolved = resolve_device(device) if gpu is None else None
+        if gpu is None and resolved.type == "cuda":
+            gpu = TorchGpu(device, self.name)
         self.notes = []
         self.dtype = "float32" if dtype == "auto" else dtype
-        if self._device.type == "cpu" and self.dtype != "float32":
+        if gpu is None and self.dtype != "float32":
             self.notes.append(f"dtype={dtype} was asked for; float32 is used on the CPU")
             self.dtype = "float32"
-        self._unet = _frozen(module_of(unet), self._device)
-        if classifier is not None:
-            classifier = _frozen(module_of(classifier), self._device)
-        self._classifier = classifier
-        # One core, 64x64_classifier: 1.02 to 1.06 times as fast as autograd.
-        explicit = classifier is not None and self._device.type == "cpu"
-        self._gradient = ClassifierGradient(self._classifier) if explicit else None
-
-    @property
-    def device(self):
-        return str(self._device)
+        self._cfg = unet.cfg
+        self._classifier_cfg = None if classifier is None else classifier.cfg
+        self._runs = None
+        if gpu is None:
+            self._device, self.device = resolved, str(resolved)
+            self._networks = _Modules(unet, classifier)
+        else:
+            self._device, self.device = gpu.torch_device, gpu.device
+            self._networks = _OnCuda(unet, classifier, self._device, getattr(torch, self.dtype))
+            if graph:
+                self._runs = RunRecorder(self, gpu, unet.cfg.out_channels)
 
     def from_numpy(self, values):
         return torch.from_numpy(values).to(self._device)
@@ -60,13 +69,13 @@ class TorchEngine:
         """Nothing to prepare."""
 
     def image_bytes(self, guided=False):
-        needed = activation_bytes(self._unet.cfg)
+        needed = activation_bytes(self._cfg)
         if guided:
-            needed = max(needed, activation_bytes(self._classifier.cfg, gradient=True))
+            needed = max(needed, activation_bytes(self._classifier_cfg, gradient=True))
         return needed
 
     def denoise(self, x, t, y=None, low_res=None):
-        cfg = self._unet.cfg
+        cfg = self._cfg
         if cfg.class_cond and y is None:
             raise ValueError(
                 f"y is missing: the model is class-conditional, pass int64 [{len(x)}] labels in "
@@ -74,40 +83,64 @@ class TorchEngine:
             )
         check_low_res(low_res, cfg)
         labels = y if cfg.class_cond else None
-        with torch.inference_mode(), self._autocast():
-            times = self._times(x, t)
-            if low_res is None:
-                return self._unet(x, times, labels).float()
-            return self._unet(x, times, low_res, labels).float()
+        with torch.inference_mode():
+            return self._networks.denoise(x, self._times(x, t), labels, low_res)
 
     def classifier_gradient(self, x, t, y):
-        if self._classifier is None:
+        if self._classifier_cfg is None:
             raise ValueError("classifier_gradient needs a classifier; this engine was made without")
-        if self._gradient is not None:
-            with torch.no_grad():
-                return self._gradient(x, self._times(x, t), y)
-        with torch.inference_mode(False), torch.enable_grad():
-            # a tensor made under inference_mode cannot take part in autograd; its copy can
-            x = x.clone() if x.is_inference() else x.detach()
-            y = y.clone() if y.is_inference() else y
-            x.requires_grad_(True)
-            with self._autocast():
-                logits = self._classifier(x, self._times(x, t))
-            chosen = torch.log_softmax(logits.float(), dim=-1).gather(1, y[:, None])
-            (gradient,) = torch.autograd.grad(chosen.sum(), x)
-        return gradient
+        with torch.no_grad():
+            return self._networks.gradient(x, self._times(x, t), y)
+
+    def run_captured(self, sampler, x, diffusion, y, guidance_scale, **options):
+        """A whole run of ``sampler`` as replays of CUDA graphs; see ``RunRecorder.run``. None on
+        the CPU."""
+        if self._runs is None:
+            return None
+        return self._runs.run(sampler, x, diffusion, y, guidance_scale, **options)
 
     def _times(self, x, t):
+        """float32 [N]; t: a number, or a tensor [1] on the device."""
+        if isinstance(t, torch.Tensor):
+            return t.expand(len(x))
         return torch.full((len(x),), float(t), dtype=torch.float32, device=self._device)
 
-    def _autocast(self):
-        if self.dtype == "float32":
-            return contextlib.nullcontext()
-        return torch.autocast(self._device.type, dtype=getattr(torch, self.dtype))
+
+class _Modules:
+    """The modules as they are."""
+
+    def __init__(self, unet, classifier):
+        self._unet = _frozen(module_of(unet))
+        # One core, 64x64_classifier: 1.02 to 1.03 times as fast as autograd.
+        self._gradient = classifier and ClassifierGradient(_frozen(module_of(classifier)))
+
+    def denoise(self, x, t, y, low_res):
+        if low_res is None:
+            return self._unet(x, t, y).float()
+        return self._unet(x, t, low_res, y).float()
+
+    def gradient(self, x, t, y):
+        return self._gradient(x, t, y)
 
 
-def _frozen(module, device):
-    return module.to(device=device).eval().requires_grad_(False)
+class _OnCuda:
+    """Their copies in channels_last."""
+
+    def __init__(self, unet, classifier, device, dtype):
+        self._unet = CudaUNet(unet, device, dtype)
+        self._gradient = classifier and gradient_network(classifier, device, dtype)
+
+    def denoise(self, x, t, y, low_res):
+        with chosen_convolutions():
+            return self._unet(x, t, y, low_res)
+
+    def gradient(self, x, t, y):
+        with chosen_convolutions():
+            return self._gradient(x, t, y)
+
+
+def _frozen(module):
+    return module.to(device="cpu").eval().requires_grad_(False)
 
 
 def _quoted(names):

@@ -26,6 +26,17 @@ def rotated(weight):
     return weight.detach().flip(spatial).transpose(0, 1).contiguous()
 
 
+def pointwise(x, weight, bias=None):
+    """A 1-D convolution of kernel size 1: x [N, C, T], weight [C', C, 1] -> [N, C', T].
+
+    Of the tokens of a channels_last image it is a matrix product, whose result lies likewise.
+    """
+    tokens = x.transpose(1, 2)
+    if tokens.is_contiguous() and not x.is_contiguous():
+        return F.linear(tokens, weight[:, :, 0], bias).transpose(1, 2)
+    return F.conv1d(x, weight, bias)
+
+
 class _Gradient(nn.Module):
     """Holds a layer's rotated weights as buffers, which are never saved."""
 
@@ -58,26 +69,24 @@ class ResBlockGradient(_Gradient):
         super().__init__()
         self.block = block
         first, second, skip = block.in_layers[2], block.out_layers[3], block.skip_connection
-        self.down = not isinstance(block.resample, nn.Identity)
-        # The gradient of a 2x2 average goes to four pixels, a quarter to each: exact in any dtype.
-        self.keep("first", rotated(first.weight) * (0.25 if self.down else 1))
+        self.resample = None if isinstance(block.resample, nn.Identity) else "down"
+        self.keep("first", rotated(first.weight))
         self.keep("second", rotated(second.weight))
         self.keep("skip", None if isinstance(skip, nn.Identity) else rotated(skip.weight))
-        self.in_norm = _NormGradient(block.in_layers[0], silu=True)
         self.out_norm = _NormGradient(block.out_layers[0], silu=True)
 
-    def forward(self, x, emb):
-        """x [N, C, H, W]; emb [N, E] -> (y [N, C', H', W'], saved)."""
-        block = self.block
-        h, saved_in = self.in_norm.forward(x)
-        h = block.in_layers[2](block.resample(h))
-        modulation = block.emb_layers(emb)
+    def forward(self, x, modulation):
+        """x [N, C, H, W]; modulation: of this block, [N, 2C' or C'] -> (y [N, C', H', W'], saved)."""
+        block, norm = self.block, self.block.in_layers[0]
+        h, x, saved_in = input_gradients.ada_group_norm_resample_forward(
+            x, norm.weight, norm.bias, norm.num_groups, norm.eps, resample=self.resample
+        )
+        h = block.in_layers[2](h)
         if block.use_scale_shift_norm:
-            scale_shift = modulation.to(self.out_norm.norm.weight.dtype)
-            h, saved_out = self.out_norm.forward(h, scale_shift)
+            h, saved_out = self.out_norm.forward(h, modulation)
         else:
             h, saved_out = self.out_norm.forward(h + modulation.to(h.dtype)[:, :, None, None])
-        y = block.skip_connection(block.resample(x)) + block.out_layers[3](h)
+        y = block.skip_connection(x) + block.out_layers[3](h)
         return (y if block.output_scale is None else y * block.output_scale), (saved_in, saved_out)
 
     def gradient(self, grad, saved):
@@ -89,13 +98,9 @@ class ResBlockGradient(_Gradient):
         h = F.conv2d(h, self.first, padding=1)
         if self.skip is not None:
             grad = F.conv2d(grad, self.skip)
-        if self.down:
-            h, grad = _repeat(h), _repeat(grad * 0.25)
-        return self.in_norm.gradient(h, saved_in) + grad
-
-
-def _repeat(x):
-    return F.interpolate(x, scale_factor=2, mode="nearest")
+        return input_gradients.ada_group_norm_resample_input_gradient(
+            h, grad, saved_in, self.block.in_layers[0].num_groups, resample=self.resample
+        )
 
 
 class AttentionBlockGradient(_Gradient):
@@ -108,14 +113,15 @@ class AttentionBlockGradient(_Gradient):
         self.keep("proj_out", rotated(block.proj_out.weight))
         self.norm = _NormGradient(block.norm, silu=False)
 
-    def forward(self, x, emb):
-        """x [N, C, H, W] -> (y, saved); emb is not used."""
+    def forward(self, x):
+        """x [N, C, H, W] -> (y, saved)."""
         block, flat = self.block, x.flatten(2)
         h, saved_norm = self.norm.forward(flat)
+        qkv = pointwise(h, block.qkv.weight, block.qkv.bias)
         h, saved_attention = input_gradients.qkv_attention_forward(
-            block.qkv(h), block.num_heads, block.order
+            qkv, block.num_heads, block.order
         )
-        y = (flat + block.proj_out(h)).reshape(x.shape)
+        y = (flat + pointwise(h, block.proj_out.weight, block.proj_out.bias)).reshape(x.shape)
         return y, (saved_norm, saved_attention)
 
     def gradient(self, grad, saved):
@@ -123,9 +129,9 @@ class AttentionBlockGradient(_Gradient):
         saved_norm, saved_attention = saved
         flat = grad.flatten(2)
         h = input_gradients.qkv_attention_input_gradient(
-            F.conv1d(flat, self.proj_out), saved_attention, self.block.num_heads, self.block.order
+            pointwise(flat, self.proj_out), saved_attention, self.block.num_heads, self.block.order
         )
-        h = self.norm.gradient(F.conv1d(h, self.qkv), saved_norm)
+        h = self.norm.gradient(pointwise(h, self.qkv), saved_norm)
         return (h + flat).reshape(grad.shape)
 
 
@@ -136,8 +142,8 @@ class DownsampleGradient(nn.Module):
         super().__init__()
         self.layer = layer
 
-    def forward(self, x, emb):
-        """x [N, C, H, W] -> (y [N, C, H/2, W/2], ()); emb is not used."""
+    def forward(self, x):
+        """x [N, C, H, W] -> (y [N, C, H/2, W/2], ())."""
         return self.layer(x), ()
 
     def gradient(self, grad, saved):
@@ -228,8 +234,9 @@ class ClassifierGradient(nn.Module):
     """The gradient network of a ``NoisyClassifier``, to be used under ``torch.no_grad()``.
 
     ``ClassifierGradient(classifier, loss_scale=1.0)`` shares the classifier's parameters and keeps
-    rotated copies of its convolution weights: make a new one after changing them. The classifier's
-    dropout is left out, as in evaluation mode.
+    rotated copies of its convolution weights, and the embedding layers of all residual blocks as
+    one matrix: make a new one after changing them. The classifier's dropout is left out, as in
+    evaluation mode.
 
     loss_scale: the gradient is carried through the network multiplied by it and divided by it at
     the end (Micikevicius et al. 2018, section 3.2). 1.0 unless the network computes in float16,
@@ -250,20 +257,26 @@ class ClassifierGradient(nn.Module):
         self.blocks = nn.ModuleList(
             nn.ModuleList(_layer_gradient(layer) for layer in block) for block in blocks
         )
+        layers = [m.block.emb_layers[1] for m in self.modules() if isinstance(m, ResBlockGradient)]
+        self.widths = [layer.out_features for layer in layers]
+        for part in ("weight", "bias"):
+            values = torch.cat([getattr(layer, part).detach() for layer in layers])
+            self.register_buffer(f"modulation_{part}", values, persistent=False)
         self.spatial = classifier.cfg.pool.startswith("spatial")
         heads = {"attention": AttentionHeadGradient, "adaptive": AdaptiveHeadGradient}
         self.head = heads.get(classifier.cfg.pool, SpatialHeadGradient)(classifier.out)
 
     def forward(self, x, t, y):
         """x [N, C, S, S]; t [N] original timesteps; y [N] int64 -> like x, float32 (or float64)."""
-        emb = self.classifier.embed(t)
+        modulations = iter(self._modulations(t))
         h = self.stem(x.to(self.stem.weight.dtype))
         shapes, means, saved = [h.shape], [], []
         for block in self.blocks:
             if self.spatial:
                 means.append(h.to(x.dtype).mean(dim=(2, 3)))
             for layer in block:
-                h, kept = layer(h, emb)
+                conditioned = isinstance(layer, ResBlockGradient)
+                h, kept = layer(h, next(modulations)) if conditioned else layer(h)
                 saved.append(kept)
             shapes.append(h.shape)
         if self.spatial:
@@ -274,6 +287,13 @@ class ClassifierGradient(nn.Module):
         grad = self._trunk_gradient(grad, h.dtype, shapes, saved)
         grad = grad if grad.dtype == torch.float64 else grad.float()
         return grad if self.loss_scale == 1 else grad / self.loss_scale
+
+    def _modulations(self, t):
+        """Of every residual block, in order: all their embedding layers are one matrix product."""
+        emb = F.silu(self.classifier.embed(t)).to(self.modulation_weight.dtype)
+        rows = F.linear(emb, self.modulation_weight, self.modulation_bias)
+        norm = self.classifier.middle_block[0].out_layers[0]
+        return rows.to(norm.weight.dtype).split(self.widths, dim=1)
 
     def _logits_gradient(self, logits, y):
         """loss_scale * d log softmax(logits)[y] / d logits = loss_scale * (one_hot(y) - softmax)"""

@@ -47,10 +47,10 @@ def ada_group_norm_resample(
     _check(x, weight, bias, scale_shift, groups, eps, skip, resample)
     if skip is None and resample is None:
         return ada_group_norm(x, weight, bias, scale_shift, groups, eps, silu), x
-    if not (_on_device(x) and torch_side.kernels_take(x)):
+    if not kernels_take(x):
         joined = x if skip is None else torch.cat([x, skip], 1)
         y = ada_group_norm(joined, weight, bias, scale_shift, groups, eps, silu)
-        return _resampled(y, resample), _resampled(joined, resample)
+        return resampled(y, resample), resampled(joined, resample)
     weight, bias = weight.float(), bias.float()
     if scale_shift is not None and scale_shift.dtype not in _DTYPES:
         scale_shift = scale_shift.float()
@@ -58,7 +58,12 @@ def ada_group_norm_resample(
     tensors = [t for t in arguments[:5] if t is not None]
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         return _Resample.apply(*arguments)
-    return _forward(*arguments)[:2]
+    return forward(*arguments)[:2]
+
+
+def kernels_take(x):
+    """Whether a tensor of x's dtype and device goes to the kernels; there are none on the CPU."""
+    return _on_device(x) and torch_side.kernels_take(x)
 
 
 def _on_device(x):
@@ -91,7 +96,8 @@ def _check(x, weight, bias, scale_shift, groups, eps, skip, resample):
     check_shapes(torch.empty(joined, device="meta"), weight, bias, scale_shift, groups, eps)
 
 
-def _resampled(x, resample):
+def resampled(x, resample):
+    """The resampling alone, by torch."""
     if resample == "down":
         return F.avg_pool2d(x, 2)
     return F.interpolate(x, scale_factor=2, mode="nearest") if resample == "up" else x
@@ -100,7 +106,7 @@ def _resampled(x, resample):
 class _Resample(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *arguments):
-        y, x_out, mean, rstd = _forward(*arguments)
+        y, x_out, mean, rstd = forward(*arguments)
         ctx.save_for_backward(*arguments[:5], mean, rstd)
         ctx.options = arguments[5:]
         ctx.set_materialize_grads(False)
@@ -114,7 +120,7 @@ class _Resample(torch.autograd.Function):
         wanted = ctx.needs_input_grad[:5]
         if grad is None:  # only the second result was used
             grad = torch.zeros_like(grad_x_out)
-        found = _backward(grad, grad_x_out, *tensors, mean, rstd, groups, silu, code, wanted)
+        found = backward(grad, grad_x_out, *tensors, mean, rstd, groups, silu, code, wanted)
         return (*found, None, None, None, None)
 
 
@@ -130,7 +136,8 @@ def _address(tensor):
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _forward(x, skip, weight, bias, scale_shift, groups, eps, silu, resample):
+def forward(x, skip, weight, bias, scale_shift, groups, eps, silu, resample):
+    """(y, joined and resampled, mean, rstd) by the kernels; resample: a code, checked arguments."""
     module = cuda_extension()
     _check_same_device(x, skip=skip, weight=weight, bias=bias, scale_shift=scale_shift)
     x, by_pixel = _dense(x)
@@ -159,9 +166,10 @@ def _forward(x, skip, weight, bias, scale_shift, groups, eps, silu, resample):
     return y, x_out, mean, rstd
 
 
-def _backward(
+def backward(
     grad, grad_x_out, x, skip, weight, bias, scale_shift, mean, rstd, groups, silu, resample, wanted
 ):
+    """Gradients of (x, skip, weight, bias, scale_shift) by the kernels, None where not wanted."""
     module = cuda_extension()
     x, by_pixel = _dense(x)
     skip = None if skip is None else _in_order(skip, by_pixel)

@@ -10,6 +10,7 @@ Nothing here is recorded by autograd or works in place, so a network of these ca
 
 import torch
 
+from . import _ada_group_norm_resample as resampling
 from ._ada_group_norm_torch import kernels_take as _norm_kernels_take
 from ._library import register_torch_ops
 from ._qkv_attention_torch import kernels_take as _attention_kernels_take
@@ -60,6 +61,48 @@ def ada_group_norm_input_gradient(grad, saved, groups=32, silu=True):
     projection = (adv * xhat).mean(dim=2, keepdim=True)
     dx = rstd * (adv - adv.mean(dim=2, keepdim=True) - xhat * projection)
     return dx.reshape(x.shape).to(x.dtype)
+
+
+def ada_group_norm_resample_forward(
+    x, weight, bias, groups=32, eps=1e-5, silu=True, resample=None
+):
+    """``ops.ada_group_norm_resample`` without skip and modulation -> (y, x resampled, saved)."""
+    if resample is not None and _resample_kernels_take(x):
+        weight, bias, code = _wide(weight), _wide(bias), resampling.RESAMPLES[resample]
+        y, x_out, mean, rstd = resampling.forward(
+            x, None, weight, bias, None, groups, eps, silu, code
+        )
+        return y, x_out, (x, weight, bias, None, mean, rstd)
+    y, saved = ada_group_norm_forward(x, weight, bias, None, groups, eps, silu)
+    return resampling.resampled(y, resample), resampling.resampled(x, resample), saved
+
+
+def ada_group_norm_resample_input_gradient(
+    grad, grad_x_out, saved, groups=32, silu=True, resample=None
+):
+    """Gradients of y and of x resampled -> gradient of x; all like the tensors they are of."""
+    x = saved[0]
+    if _resample_kernels_take(x):
+        x, weight, bias, scale_shift, mean, rstd = saved
+        code = resampling.RESAMPLES[resample]
+        grads = grad.to(x.dtype), grad_x_out.to(x.dtype)
+        return resampling.backward(
+            *grads, x, None, weight, bias, scale_shift, mean, rstd, groups, silu, code,
+            (True, False, False, False, False),
+        )[0]  # fmt: skip
+    grad, grad_x_out = (_before(g, resample) for g in (grad, grad_x_out))
+    return ada_group_norm_input_gradient(grad, saved, groups, silu) + grad_x_out
+
+
+def _resample_kernels_take(x):
+    return resampling.kernels_take(x) and x.dim() == 4
+
+
+def _before(grad, resample):
+    """The gradient before the resampling."""
+    if resample == "down":  # a quarter to each of four pixels
+        return torch.nn.functional.interpolate(grad * 0.25, scale_factor=2, mode="nearest")
+    return torch.nn.functional.avg_pool2d(grad, 2) * 4 if resample == "up" else grad
 
 
 def _grouped(x, groups):

@@ -65,7 +65,7 @@ class StepTable:
         """
         tensors = {"gradient": gradient, "uncond_output": uncond_output, "history": history}
         options = {"learned_variance": learned_variance, "clip": clip, "quantile": quantile}
-        if x.device.type == "cuda":
+        if _on_device(x):
             from adm_rt.ops import _guided_mean_update_cuda as cuda_side
 
             return cuda_side.torch_step(
@@ -82,3 +82,7 @@ class StepTable:
             made = torch.zeros_like(x0)
         step.value += advance
         return x_next, x0, made if state else None
+
+
+def _on_device(x):
+    return x.device.type == "cuda"

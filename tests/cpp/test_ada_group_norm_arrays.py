@@ -159,7 +159,7 @@ def test_the_input_gradient_alone(autograd_on_cuda, monkeypatch):
 def composed(x, skip, weight, bias, rows, resample, norm=reference.ada_group_norm):
     joined = x if skip is None else torch.cat([x, skip], 1)
     y = norm(joined, weight, bias, rows)
-    return tuple(resample_side._resampled(t, resample) for t in (y, joined))
+    return tuple(resample_side.resampled(t, resample) for t in (y, joined))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

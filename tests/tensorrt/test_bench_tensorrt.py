@@ -5,7 +5,8 @@ import json
 import fake_tensorrt
 import pytest
 import torch
-from fake_gpu import FakeGpu, write_graphs
+from fake_gpu import FakeGpu
+from fake_graphs import write_graphs
 
 from adm_rt import benchmarking
 from adm_rt.benchmarking import sampling_cases

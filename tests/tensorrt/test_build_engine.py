@@ -4,7 +4,8 @@ import sys
 
 import fake_tensorrt
 import pytest
-from fake_gpu import FakeGpu, write_graphs
+from fake_gpu import FakeGpu
+from fake_graphs import write_graphs
 
 from adm_rt.cli import main
 from adm_rt.engines import tensorrt_adapter

@@ -6,7 +6,8 @@ import fake_tensorrt
 import numpy as np
 import pytest
 import torch
-from fake_gpu import FakeGpu, exported
+from fake_gpu import FakeGpu
+from fake_graphs import exported
 from tiny_models import tiny_config, tiny_network
 
 from adm_rt import engines
@@ -198,7 +199,7 @@ def test_the_timing_cache_goes_from_build_to_build(ten, networks, cache):
 @pytest.fixture
 def exporter(monkeypatch):
     """``export_model`` as a fake; the list of its calls."""
-    from fake_gpu import write_graphs
+    from fake_graphs import write_graphs
 
     calls = []
 

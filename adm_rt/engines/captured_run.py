@@ -51,9 +51,7 @@ class RunRecorder:
         """Record anew: the recorded run holds addresses and values of weights that have changed."""
         self._recorded = None
 
-    def run(
-        self, sampler, x, diffusion, y, guidance_scale, *, noise=None, low_res=None, **options
-    ):
+    def run(self, sampler, x, diffusion, y, guidance_scale, *, noise=None, low_res=None, **options):
         """A whole run of ``sampler``, recorded on first use, as a ``Run``.
 
         Arguments as the sampler's, without a callback; noise: seeds [N], or None for fresh ones.

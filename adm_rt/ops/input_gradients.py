@@ -63,9 +63,7 @@ def ada_group_norm_input_gradient(grad, saved, groups=32, silu=True):
     return dx.reshape(x.shape).to(x.dtype)
 
 
-def ada_group_norm_resample_forward(
-    x, weight, bias, groups=32, eps=1e-5, silu=True, resample=None
-):
+def ada_group_norm_resample_forward(x, weight, bias, groups=32, eps=1e-5, silu=True, resample=None):
     """``ops.ada_group_norm_resample`` without skip and modulation -> (y, x resampled, saved)."""
     if resample is not None and _resample_kernels_take(x):
         weight, bias, code = _wide(weight), _wide(bias), resampling.RESAMPLES[resample]

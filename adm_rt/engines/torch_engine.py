@@ -1,4 +1,4 @@
-"""The torch engine: the modules of ``adm_rt.models`` on the CPU, their channels_last form on CUDA."""
+"""The torch engine: the modules as they are on the CPU, their channels_last form on CUDA."""
 
 from __future__ import annotations
 

@@ -76,7 +76,7 @@ class ResBlockGradient(_Gradient):
         self.out_norm = _NormGradient(block.out_layers[0], silu=True)
 
     def forward(self, x, modulation):
-        """x [N, C, H, W]; modulation: of this block, [N, 2C' or C'] -> (y [N, C', H', W'], saved)."""
+        """x [N, C, H, W]; modulation [N, 2C' or C'], this block's -> (y [N, C', H', W'], saved)."""
         block, norm = self.block, self.block.in_layers[0]
         h, x, saved_in = input_gradients.ada_group_norm_resample_forward(
             x, norm.weight, norm.bias, norm.num_groups, norm.eps, resample=self.resample

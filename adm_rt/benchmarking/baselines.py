@@ -45,8 +45,13 @@ def tables(diffusion):
 
 
 def _at(table, t, like):
-    """Row t of a float64 table, broadcast to the shape of ``like``."""
-    values = torch.from_numpy(table)[t].float()
+    """Row t of a float64 table, broadcast to the shape of ``like``.
+
+    A NumPy table goes to t's device each time, as it does there; a tensor has to be there.
+    """
+    if not isinstance(table, torch.Tensor):
+        table = torch.from_numpy(table).to(t.device)
+    values = table[t].float()
     return values.reshape(-1, 1, 1, 1).expand(like.shape)
 
 

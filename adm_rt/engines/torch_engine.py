@@ -131,17 +131,18 @@ class _OnCuda:
     """Their copies in channels_last."""
 
     def __init__(self, unet, classifier, device, dtype):
+        self._exact = dtype == torch.float32
         self._unet = CudaUNet(unet, device, dtype)
         self._gradient = None
         if classifier is not None:
             self._gradient = gradient_network(classifier, device, dtype)
 
     def denoise(self, x, t, y, low_res):
-        with chosen_convolutions():
+        with chosen_convolutions(self._exact):
             return self._unet(x, t, y, low_res)
 
     def gradient(self, x, t, y):
-        with chosen_convolutions():
+        with chosen_convolutions(self._exact):
             return self._gradient(x, t, y)
 
 

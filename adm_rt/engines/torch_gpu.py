@@ -136,12 +136,17 @@ class TorchGpu:
 
 
 @contextlib.contextmanager
-def chosen_convolutions():
-    """cuDNN times its algorithms for each new shape, among those that give the same bits again."""
+def chosen_convolutions(exact=False):
+    """cuDNN times its algorithms for each new shape, among those that give the same bits again.
+
+    exact: float32 convolutions are that, not TF32, which torch allows unless told otherwise.
+    """
     cudnn = torch.backends.cudnn
-    before = cudnn.benchmark, cudnn.deterministic
+    before = cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32
     cudnn.benchmark, cudnn.deterministic = True, True
+    if exact:
+        cudnn.allow_tf32 = False
     try:
         yield
     finally:
-        cudnn.benchmark, cudnn.deterministic = before
+        cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32 = before

@@ -146,11 +146,13 @@ def test_times(cuda, monkeypatch):
 
 def test_convolutions_are_chosen_by_time_among_those_that_repeat():
     cudnn = torch.backends.cudnn
-    before = cudnn.benchmark, cudnn.deterministic
-    with pytest.raises(KeyError), chosen_convolutions():
-        assert cudnn.benchmark and cudnn.deterministic
-        raise KeyError
-    assert (cudnn.benchmark, cudnn.deterministic) == before
+    before = cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32
+    for exact in (False, True):
+        with pytest.raises(KeyError), chosen_convolutions(exact):
+            assert cudnn.benchmark and cudnn.deterministic
+            assert cudnn.allow_tf32 == (before[2] and not exact)
+            raise KeyError
+        assert (cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32) == before
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is there")

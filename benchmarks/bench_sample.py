@@ -1,7 +1,7 @@
 """Networks, guided steps and whole samples against eager PyTorch and other runtimes.
 
 ``python benchmarks/bench_sample.py [--json FILE] [--chart FILE]``; the same as ``adm-rt bench
-sample``, the work is in ``adm_rt/benchmarking``.
+sample``, the work is in ``adm_rt/benchmarking``. On a GPU: ``--device cuda``.
 """
 
 import sys

@@ -6,7 +6,7 @@ Downloads and installs nothing; needs torch with CUDA, nvcc, cmake, ninja, pybin
 the Python that runs it.
 
     python benchmarks/gpu.py --dry-run            what it would do
-    python benchmarks/gpu.py --only build,tests   parts: build tests sanitizer ops
+    python benchmarks/gpu.py --only build,tests   parts: build tests sanitizer ops sample
 """
 
 import argparse
@@ -44,12 +44,12 @@ PARTS = (
         "build",
         "adm_rt._C and adm_rt._cuda for this GPU's architecture",
         ("{python}", "setup.py", "-q", "build_ext", "--inplace"),
-        300,
+        240,
         {"ADM_RT_CUDA": "on", "ADM_RT_CUDA_ARCHS": "{arch}"},
     ),
     Part(
         "tests",
-        "every op on the device against float64 (tests/gpu)",
+        "every op and captured runs on the device, against float64 (tests/gpu)",
         ("{python}", "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", "tests/gpu")
         + ("--ignore=tests/gpu/test_sanitizers.py",),
         150,
@@ -67,6 +67,14 @@ PARTS = (
         "ops",
         "the three ops against plain torch, times and bandwidth",
         ("{python}", "benchmarks/bench_cuda_ops.py", "--json", "{rows}"),
+        120,
+        rows=True,
+    ),
+    Part(
+        "sample",
+        "guided 25-step samples against published code in float16: a few sizes",
+        ("{python}", "benchmarks/bench_sample.py", "--device", "cuda", "--short")
+        + ("--json", "{rows}"),
         150,
         rows=True,
     ),
@@ -76,6 +84,7 @@ NEEDED = {
     "tests": ("torch", "numpy", "pytest"),
     "sanitizer": ("torch", "numpy", "pytest"),
     "ops": ("torch", "numpy"),
+    "sample": ("torch", "numpy"),
 }
 
 
@@ -204,7 +213,7 @@ def table(results):
             rate = f"{row['rate']:7.2f} {row['rate_unit']}" if "rate" in row else ""
             yield (
                 f"{row['name']:26s} {row['sizes']:36s} {row['ours_ms']:9.4f} ms  "
-                f"{row['baseline']:6s}{row['baseline_ms']:10.4f} ms  {row['ratio']:5.2f}x  {rate}"
+                f"{row['baseline']:8s}{row['baseline_ms']:10.4f} ms  {row['ratio']:5.2f}x  {rate}"
             )
 
 
@@ -241,7 +250,9 @@ def main(argv=None):
     parser = argparse.ArgumentParser(
         prog="make gpu", description="Build, test, sanitize and measure on the GPU at hand."
     )
-    parser.add_argument("--only", default="", metavar="PART,PART", help="build tests sanitizer ops")
+    parser.add_argument(
+        "--only", default="", metavar="PART,PART", help="of " + " ".join(p.name for p in PARTS)
+    )
     parser.add_argument("--dry-run", action="store_true", help="say what would be done")
     parser.add_argument("--minutes", type=float, default=10, help="for all parts (default: 10)")
     parser.add_argument(

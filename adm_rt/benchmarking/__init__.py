@@ -36,7 +36,8 @@ BENCHMARKS = {
     ),
     "sample": Benchmark(
         "adm_rt.benchmarking.sample",
-        "networks, guided steps and whole samples against eager PyTorch and other runtimes",
+        "networks, guided steps and whole samples against eager PyTorch and other runtimes; on a "
+        "GPU whole samples against eager and compiled PyTorch",
         arguments.add_sample,
         arguments.check_sample,
     ),

@@ -15,7 +15,7 @@ def add_output(parser):
     parser.add_argument("--json", metavar="FILE", help="also write the rows there")
     parser.add_argument("--only", default="", metavar="TEXT", help="rows whose name contains TEXT")
     parser.add_argument(
-        "--device", choices=DEVICES, default="cpu", help="where (default: cpu; cuda is to come)"
+        "--device", choices=DEVICES, default="cpu", help="where (default: cpu; cuda: bench sample)"
     )
 
 
@@ -66,9 +66,16 @@ def add_sample(parser):
         default="",
         metavar="NAME,NAME",
         help="who runs beside eager PyTorch: native, torch (our engines), onnxruntime, openvino, "
-        "compile (default: all that are here but compile, whose start takes minutes)",
+        "compile (default: all that are here but compile, whose start takes minutes). On cuda, "
+        "beside our torch engine: released, float16, channels_last, compile",
     )
-    parser.add_argument("--rounds", type=int, default=5, help="samples of each (default: 5)")
+    parser.add_argument(
+        "--rounds", type=int, help="samples of each (default: 5; on cuda 10, whole runs)"
+    )
+    parser.add_argument(
+        "--dtype", default="float16", help="of ours, on cuda: float16 (default), bfloat16, float32"
+    )
+    parser.add_argument("--short", action="store_true", help="on cuda: a few cases, one rival")
     parser.add_argument(
         "--threads", default="1", metavar="N|all", help="of every contender (default: 1)"
     )
@@ -92,7 +99,10 @@ def add_sample(parser):
 
 
 def check_sample(args):
-    """Raises ValueError; sets ``args.core_list`` and ``args.thread_count``."""
+    """Raises ValueError; sets ``args.rounds``, ``args.core_list`` and ``args.thread_count``."""
+    if args.device == "cuda":
+        return _check_cuda_sample(args)
+    args.rounds = 5 if args.rounds is None else args.rounds
     allowed = free_cores()
     try:
         cores = [int(part) for part in args.cores.split(",")] if args.cores else allowed
@@ -114,6 +124,22 @@ def check_sample(args):
     for name in ("json", "chart"):
         _check_file(f"--{name}", getattr(args, name))
     _check_output(args)
+
+
+def _check_cuda_sample(args):
+    from adm_rt.engines.base import DTYPES
+
+    if args.dtype not in DTYPES:
+        raise ValueError(f"--dtype {args.dtype} is unknown; allowed: {', '.join(DTYPES)}")
+    own = {"all": False, "threads": "1", "clock": "wall", "cores": "", "isa": "auto"}
+    own |= {"float64": False, "folder": None, "chart": None}
+    for name, default in own.items():
+        if getattr(args, name) != default:
+            raise ValueError(f"--{name} is for --device cpu; leave it out")
+    args.rounds = 10 if args.rounds is None else args.rounds
+    if args.rounds < 1:
+        raise ValueError(f"--rounds {args.rounds}: give at least 1")
+    _check_file("--json", args.json)
 
 
 def add_gradient(parser):
@@ -268,7 +294,10 @@ def _check_output(args):
     if args.rounds < 1:
         raise ValueError(f"--rounds {args.rounds}: give at least 1")
     if args.device != "cpu":
-        raise ValueError(f"--device {args.device} is not in this build yet; use --device cpu")
+        raise ValueError(
+            f"--device {args.device}: this benchmark runs on the CPU; on a GPU there are `adm-rt "
+            "bench sample --device cuda` and benchmarks/bench_cuda_ops.py"
+        )
     _check_file("--json", args.json)
 
 

@@ -163,14 +163,19 @@ def _times(x, t):
 
 
 def published_network(folder, checkpoint=True):
-    """The published network of a model folder, weights shared with the arrays that were read."""
+    """The published network of a model folder."""
+    from adm_rt.models.weight_folder import read_weights
+
+    return published_of(*read_weights(folder), checkpoint)
+
+
+def published_of(cfg, weights, checkpoint=True):
+    """The published network of a configuration; weights: name -> array, whose memory it shares."""
     import torch
 
     from adm_rt.benchmarking import published
     from adm_rt.models.checkpoint import empty_module
-    from adm_rt.models.weight_folder import read_weights
 
-    cfg, weights = read_weights(folder)
     network = empty_module(cfg, lambda cfg: published.build(cfg, checkpoint))
     state = {k: torch.from_numpy(np.require(v, requirements="CW")) for k, v in weights.items()}
     network.load_state_dict(state, assign=True)

@@ -2,7 +2,8 @@
 
 Every contender is a process of its own with the same weights, inputs, cores and allocator
 settings. Outputs are compared with those of the eager published code first; then requests are
-timed one at a time, in rounds whose order alternates. Nothing here imports torch.
+timed one at a time, in rounds whose order alternates. Nothing here imports torch. On a GPU it is
+``cuda_sample``.
 """
 
 from __future__ import annotations
@@ -38,6 +39,10 @@ class Errors(NamedTuple):
 
 def rows(args):
     """Measure, printing as it goes; None after --list. ``args.failures``: what of ours failed."""
+    if args.device == "cuda":
+        from adm_rt.benchmarking import cuda_sample
+
+        return cuda_sample.rows(args)
     args.failures = []
     cases = select(args)
     if args.list:

@@ -25,7 +25,7 @@ class TorchEngine:
 
     On CUDA the weights are copied into the form of ``cuda_networks``, in float32, bfloat16 or
     float16, and whole runs are replays of CUDA graphs (``run_captured``); graph: False runs their
-    steps one by one, as ``denoise`` and ``classifier_gradient`` do, to the same bits. Needs the
+    steps one by one, as ``denoise`` and ``classifier_gradient`` do. Needs the
     CUDA kernels (``adm_rt._cuda``): ImportError at the first call otherwise. CUDA has not been
     measured. gpu: for tests.
     """

@@ -148,7 +148,9 @@ class CudaUNet:
         return F.conv2d(x, weight, bias, stride=stride, padding=1)
 
     def _linear(self, name, x):
-        return F.linear(x, self._weights[f"{name}.weight"], self._weights[f"{name}.bias"])
+        """x [..., C] -> [..., C']. As a matrix: only so is the bias surely part of the product."""
+        weight, bias = self._weights[f"{name}.weight"], self._weights[f"{name}.bias"]
+        return F.linear(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], -1)
 
 
 class _Placement:

@@ -83,9 +83,7 @@ def test_the_rivals_are_what_they_say():
 def test_compiled_rivals_copy_nothing_from_the_host_in_a_step(monkeypatch):
     networks = cuda_sample._networks("tiny")
     work = cuda_sample._work(Case("tiny", 1), networks, CPU)
-    compiled, eager = (
-        CONTENDERS[n].make(networks, CPU) for n in ("compile", "channels_last")
-    )
+    compiled, eager = (CONTENDERS[n].make(networks, CPU) for n in ("compile", "channels_last"))
     compiled.sample(work)
     copies = []
     for name in ("from_numpy", "tensor"):

@@ -149,7 +149,7 @@ def test_the_embedding_layers_are_one_product(monkeypatch):
     linear = torch.nn.functional.linear
 
     def watched(x, weight, bias=None):
-        if x.dim() == 2:
+        if x.shape[0] == 2:  # a row for each image
             shapes.append(tuple(weight.shape))
         return linear(x, weight, bias)
 

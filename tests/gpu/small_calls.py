@@ -7,8 +7,9 @@ access beyond it is seen.
 import torch
 
 from adm_rt import ops
-from adm_rt.ops import StepCoefficients
+from adm_rt.ops import StepCoefficients, input_gradients
 from adm_rt.ops.philox import image_seeds
+from adm_rt.ops.step_table import StepCounter, StepTable
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -33,6 +34,14 @@ def norms(dtype):
                 first, *parameters, groups=groups, skip=skip, resample=resample
             )
             (y.sum() + x_out.sum()).backward()
+    for resample in (None, "down", "up"):  # as in a classifier's gradient
+        x = torch.randn(2, 64, 6, 8, device="cuda").to(dtype)
+        x = x.contiguous(memory_format=torch.channels_last)
+        parameters = torch.randn(2, 64, device="cuda")
+        y, x_out, saved = input_gradients.ada_group_norm_resample_forward(
+            x, *parameters, resample=resample
+        )
+        input_gradients.ada_group_norm_resample_input_gradient(y, x_out, saved, resample=resample)
 
 
 def attentions(dtype):
@@ -52,9 +61,11 @@ def updates(dtype):
         out = torch.randn(2, 6, size, size, device="cuda").to(dtype)
         seeds = torch.from_numpy(image_seeds(1, 2)).cuda()
         for clip in ("static", "dynamic"):
-            ops.guided_mean_update(
-                x, out, row, gradient=x, seeds=seeds, learned_variance=True, clip=clip
-            )
+            options = {"gradient": x, "seeds": seeds, "learned_variance": True, "clip": clip}
+            ops.guided_mean_update(x, out, row, **options)
+            table, counter = StepTable([row] * 2, x.device), StepCounter(x.device)
+            for _ in range(2):
+                table.update(counter, x, out, state=True, history=[x, x], **options)
 
 
 def main():

@@ -16,6 +16,9 @@ class Engine(Protocol):
     Arrays are of the engine's own kind (torch tensors for ``torch``); ``from_numpy`` and
     ``to_numpy`` cross the border. All images are [N, C, H, W] in about [-1, 1], ``t`` is one
     timestep of the ORIGINAL process for the whole batch (fractions allowed), ``y`` int64 [N].
+
+    An engine may also have ``run_captured(sampler, x, diffusion, y, guidance_scale, **options)``,
+    a whole run at once: a ``captured_run.Run``, or None where its steps have to be run one by one.
     """
 
     name: str  # "torch", ...

@@ -202,6 +202,16 @@ class Ours:
         return run.x
 
 
+class OursStepByStep(Ours):
+    """The same engine without graphs: what they are worth."""
+
+    title = "adm_rt torch, steps one by one"
+
+    def sample(self, work):
+        arguments = (work.x, work.diffusion, work.y, work.guidance_scale)
+        return SAMPLERS[SAMPLER](self._engine, *arguments)
+
+
 class Contender(NamedTuple):
     """default: takes part unless others are asked for."""
 
@@ -215,4 +225,5 @@ CONTENDERS = {
     "float16": Contender(HalfPrecision),
     "channels_last": Contender(ChannelsLast),
     "compile": Contender(Compiled, default=False),  # its start takes minutes
+    "ours_by_step": Contender(OursStepByStep, default=False),
 }

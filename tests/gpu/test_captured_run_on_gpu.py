@@ -132,12 +132,15 @@ def test_no_step_waits_for_the_host(gpu, networks):
         with torch.profiler.profile(activities=activities) as profile:
             run(engine, gpu, steps=steps)
         seen[steps] = collections.Counter(event.name for event in profile.events())
-    launches = {steps: names["cudaGraphLaunch"] for steps, names in seen.items()}
-    if not any(launches.values()):
+
+    def calls(steps, name):  # a version may follow: cudaGraphLaunch_v10000
+        return sum(count for other, count in seen[steps].items() if other.startswith(name))
+
+    if not calls(12, "cudaGraphLaunch"):
         pytest.skip(f"the profiler sees no CUDA calls here: {sorted(seen[12])[:20]}")
-    assert launches == {4: 4, 12: 12}
+    assert (calls(4, "cudaGraphLaunch"), calls(12, "cudaGraphLaunch")) == (4, 12)
     for name in WAITS:
-        assert seen[12][name] == seen[4][name], f"{name}: {seen[4][name]}, then {seen[12][name]}"
+        assert calls(12, name) == calls(4, name), f"{name}: {calls(4, name)}, {calls(12, name)}"
 
 
 def test_replays_alone_synchronise_nothing(gpu, networks):

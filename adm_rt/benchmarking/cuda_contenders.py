@@ -91,8 +91,7 @@ class Released:
         return index, steps[index]
 
     def _tables(self, diffusion):
-        arrays = {k: v.copy() for k, v in vars(diffusion).items() if isinstance(v, np.ndarray)}
-        return types.SimpleNamespace(**arrays)
+        return baselines.tables(diffusion)
 
 
 class HalfPrecision(Released):
@@ -157,12 +156,12 @@ class Compiled(ChannelsLast):
             position = torch.arange(steps, device=self._device)[:, None].expand(steps, count)
             times = [int(t) for t in work.diffusion.timestep_map]
             times = torch.tensor(times, device=self._device)[:, None].expand(steps, count)
-            tables = {
-                name: torch.from_numpy(table).to(self._device)
-                for name, table in vars(super()._tables(work.diffusion)).items()
-            }
+            tables = baselines.tables(work.diffusion)
+            for name, table in vars(tables).items():
+                if isinstance(table, np.ndarray):
+                    setattr(tables, name, torch.from_numpy(table).to(self._device))
             times = position.contiguous(), times.contiguous()
-            self._kept = work, times, types.SimpleNamespace(**tables)
+            self._kept = work, times, tables
         return self._kept
 
     def sample(self, work):

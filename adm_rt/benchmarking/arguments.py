@@ -67,7 +67,8 @@ def add_sample(parser):
         metavar="NAME,NAME",
         help="who runs beside eager PyTorch: native, torch (our engines), onnxruntime, openvino, "
         "compile (default: all that are here but compile, whose start takes minutes). On cuda, "
-        "beside our torch engine: released, float16, channels_last, compile, ours_by_step",
+        "beside our torch engine: released, float16, channels_last, compile, ours_in_turn, "
+        "ours_by_step",
     )
     parser.add_argument(
         "--rounds", type=int, help="samples of each (default: 5; on cuda 10, whole runs)"

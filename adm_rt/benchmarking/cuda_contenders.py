@@ -173,6 +173,7 @@ class Ours:
     """The torch engine: a run is replays of CUDA graphs."""
 
     title = "adm_rt torch"
+    branches = True
 
     def __init__(self, networks, device, dtype="float16", gpu=None):
         self._engine = TorchEngine(
@@ -180,6 +181,7 @@ class Ours:
             networks["classifier"],
             device=str(device),
             dtype=dtype,
+            branches=self.branches,
             gpu=gpu,
         )
 
@@ -199,6 +201,13 @@ class Ours:
         if run is None:
             raise RuntimeError("; ".join(self._engine.notes))
         return run.x
+
+
+class OursInTurn(Ours):
+    """The same with the networks of a step one after the other."""
+
+    title = "adm_rt torch, networks in turn"
+    branches = False
 
 
 class OursStepByStep(Ours):
@@ -224,5 +233,6 @@ CONTENDERS = {
     "float16": Contender(HalfPrecision),
     "channels_last": Contender(ChannelsLast),
     "compile": Contender(Compiled, default=False),  # its start takes minutes
+    "ours_in_turn": Contender(OursInTurn, default=False),
     "ours_by_step": Contender(OursStepByStep, default=False),
 }

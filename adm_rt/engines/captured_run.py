@@ -39,12 +39,13 @@ class RunRecorder:
     engine: its ``denoise`` and ``classifier_gradient`` take t as a float32 tensor [1], too, and
     neither wait for the device nor copy anything to it once they have run for a batch size; has
     ``notes``. gpu: a ``TorchGpu``. out_channels: of the denoiser. check(count), if any, raises
-    EngineError where the networks cannot be recorded for a batch of count.
+    EngineError where the networks cannot be recorded for a batch of count. branches: False puts
+    the networks of a step one after the other, not side by side.
     """
 
-    def __init__(self, engine, gpu, out_channels, check=None):
+    def __init__(self, engine, gpu, out_channels, check=None, branches=True):
         self._engine, self._gpu, self._out_channels = engine, gpu, out_channels
-        self._check = check
+        self._check, self._side_by_side = check, gpu.side_by_side if branches else _in_turn
         self._recorded, self._on = None, True
 
     def forget(self):
@@ -97,12 +98,17 @@ class RunRecorder:
             low_shape=None if inputs["low_res"] is None else inputs["low_res"].shape,
             **key.options,
         )
-        return _Recorded(key, self._engine, self._gpu, plan, inputs, self._check)
+        networks = self._engine, self._side_by_side
+        return _Recorded(key, networks, self._gpu, plan, inputs, self._check)
 
     def _on_device(self, value):
         if value is None or isinstance(value, torch.Tensor):
             return value
         return self._gpu.from_numpy(value)
+
+
+def _in_turn(first, second):
+    return first(), second()
 
 
 def _are_seeds(noise, count):
@@ -122,8 +128,9 @@ class _Key(NamedTuple):
 class _Recorded:
     """The graphs of one run, and what they read and write."""
 
-    def __init__(self, key, engine, gpu, plan, inputs, check):
-        self.key, self._engine, self._gpu, self._plan = key, engine, gpu, plan
+    def __init__(self, key, networks, gpu, plan, inputs, check):
+        self.key, self._plan = key, plan
+        self._engine, self._side_by_side = networks
         self._inputs = {
             k: None if v is None else v.clone(memory_format=torch.contiguous_format)
             for k, v in inputs.items()
@@ -188,7 +195,7 @@ class _Recorded:
             return out, uncond
 
         if kind.gradient == FRESH:
-            (out, uncond), gradient = self._gpu.side_by_side(
+            (out, uncond), gradient = self._side_by_side(
                 denoise, lambda: self._engine.classifier_gradient(x, t, y)
             )
             if self._gradient is not None:

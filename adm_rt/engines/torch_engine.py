@@ -25,15 +25,24 @@ class TorchEngine:
 
     On CUDA the weights are copied into the form of ``cuda_networks``, in float32, bfloat16 or
     float16, and whole runs are replays of CUDA graphs (``run_captured``); graph: False runs their
-    steps one by one, as ``denoise`` and ``classifier_gradient`` do. Needs the
-    CUDA kernels (``adm_rt._cuda``): ImportError at the first call otherwise. CUDA has not been
+    steps one by one, as ``denoise`` and ``classifier_gradient`` do. branches: False records the two
+    networks of a step one after the other, which may be faster for large batches. Needs the CUDA
+    kernels (``adm_rt._cuda``): ImportError at the first call otherwise. CUDA has not been
     measured. gpu: for tests.
     """
 
     name = "torch"
 
     def __init__(
-        self, unet, classifier=None, device="cpu", dtype="float32", *, graph=True, gpu=None
+        self,
+        unet,
+        classifier=None,
+        device="cpu",
+        dtype="float32",
+        *,
+        graph=True,
+        branches=True,
+        gpu=None,
     ):
         if dtype != "auto" and dtype not in DTYPES:
             raise ValueError(f"dtype={dtype!r} is unknown; allowed: 'auto', " + _quoted(DTYPES))
@@ -57,7 +66,7 @@ class TorchEngine:
             self._device, self.device = gpu.torch_device, gpu.device
             self._networks = _OnCuda(unet, classifier, self._device, getattr(torch, self.dtype))
             if graph:
-                self._runs = RunRecorder(self, gpu, unet.cfg.out_channels)
+                self._runs = RunRecorder(self, gpu, unet.cfg.out_channels, branches=branches)
 
     def from_numpy(self, values):
         return torch.from_numpy(values).to(self._device)

@@ -134,6 +134,13 @@ def test_what_is_recorded_anew():
     assert gpu.branches > 0
 
 
+def test_networks_in_turn(networks):
+    gpu = FakeGpu()
+    engine = make(networks, gpu, branches=False)
+    run, plain, _ = run_both(engine, "ddim", diffusion=Diffusion(timestep_respacing="2"))
+    assert torch.equal(run.x, plain) and gpu.branches == 0
+
+
 def test_without_guidance_the_classifier_is_not_asked():
     gpu = FakeGpu()
     engine = Simple(gpu)

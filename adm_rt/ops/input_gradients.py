@@ -5,7 +5,8 @@ function returns ``(y, saved)``; its ``*_input_gradient`` takes the upstream gra
 an opaque tuple of tensors. Both choose alike: the compiled kernels for the tensors that
 ``ops.ada_group_norm`` and ``ops.qkv_attention`` give to them, on the CPU and on CUDA, the same
 formulas in plain torch for everything else and inside ``use_reference()``.
-Nothing here is recorded by autograd or works in place, so a network of these calls can be exported.
+Nothing here is recorded by autograd or works in place, so a network of these calls can be exported
+(from the CPU: those that resample call their CUDA kernels without an operator in between).
 """
 
 import torch

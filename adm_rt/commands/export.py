@@ -22,8 +22,8 @@ def add_arguments(parser):
         parser,
         "--loss-scale",
         type=float,
-        help="what the classifier's gradient is multiplied by inside its graph, a power of two "
-        "(default: 128 for fp16, else 1)",
+        help="what the classifier's gradient is multiplied by inside its graph, best a power of "
+        "two (default: 128 for fp16, else 1)",
     )
     flags.add_structure(parser, classifier=True)
 

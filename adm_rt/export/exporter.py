@@ -25,8 +25,9 @@ def export_model(unet, folder, classifier=None, dtype="float32", loss_scale=None
     unet: a UNet, SuperResUNet or ModelWeights; classifier: a NoisyClassifier, its ModelWeights, or
     None. dtype: "float32", "float16" or "bfloat16", of the networks' trunks: inputs, outputs,
     embeddings, norms' weights and the classifier's head stay float32. loss_scale: what the
-    classifier's gradient is multiplied by inside its graph, a power of two (None: 128 for float16,
-    else 1). metadata: JSON values about sampling (``manifest.METADATA``); None takes the model's.
+    classifier's gradient is multiplied by inside its graph, best a power of two (None: 128 for
+    float16, else 1). metadata: JSON values about sampling (``manifest.METADATA``); None takes the
+    model's.
 
     ``folder`` must not exist or be empty; it appears complete or not at all. Returns its path.
 

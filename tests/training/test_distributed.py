@@ -35,8 +35,13 @@ def scenario(name, folder):
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """Folder of the runs of ``forked_runs.parity``: 20 updates, the last one of a single image."""
-    folder = tmp_path_factory.mktemp("parity")
-    _, codes, errors = scenario("parity", folder)
+    for _ in range(2):
+        folder = tmp_path_factory.mktemp("parity")
+        _, codes, errors = scenario("parity", folder)
+        # Seen once in many runs, cause unknown: one of the forked processes never ends. Processes
+        # that torchrun starts are not forked. Twice in a row is an error.
+        if "hung" not in codes:
+            break
     assert set(codes) == {0}, errors
     return folder
 

@@ -40,6 +40,7 @@ class Released:
     title = "published code, flags as released"
     half_classifier = half_unet = False
     order, checkpoint = torch.contiguous_format, True
+    _update = staticmethod(baselines.ddim_update)
 
     def __init__(self, networks, device, **options):
         self._device = device
@@ -82,7 +83,7 @@ class Released:
         out = self.denoise(x, t, work.y)
         gradient = self.classifier_gradient(x, t, work.y) * work.guidance_scale
         with torch.no_grad():
-            return baselines.ddim_update(tables, x, out, index, gradient)
+            return self._update(tables, x, out, index, gradient)
 
     def _times(self, work, position):
         """(positions in the respaced process, timesteps of the original), int64 [N] each."""
@@ -136,12 +137,6 @@ class Compiled(ChannelsLast):
             x = x.detach().requires_grad_(True)
             chosen = torch.log_softmax(self._classifier.run(x, t), dim=-1).gather(1, y[:, None])
             return torch.autograd.grad(chosen.sum(), x)[0].clone()
-
-    def _step(self, tables, x, t, index, work):
-        out = self.denoise(x, t, work.y)
-        gradient = self.classifier_gradient(x, t, work.y) * work.guidance_scale
-        with torch.no_grad():
-            return self._update(tables, x, out, index, gradient)
 
     def _times(self, work, position):
         return tuple(table[position] for table in self._resident(work)[1])

@@ -7,6 +7,8 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 DTYPES = ("float32", "bfloat16", "float16")
+# What a classifier's gradient is multiplied by on its way: float16 ends at 6e-8.
+LOSS_SCALES = {"float32": 1.0, "bfloat16": 1.0, "float16": 128.0}
 
 
 @runtime_checkable

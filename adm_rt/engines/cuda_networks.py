@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from adm_rt import ops
-from adm_rt.export.exporter import LOSS_SCALES
+from adm_rt.engines.base import LOSS_SCALES
 from adm_rt.models.checkpoint import module_of
 from adm_rt.models.classifier_gradient import ClassifierGradient
 from adm_rt.models.structure import (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from adm_rt.engines.base import check_fit
+from adm_rt.engines.base import LOSS_SCALES, check_fit
 from adm_rt.errors import CheckpointError, MissingExtraError
 from adm_rt.export import manifest
 from adm_rt.export.classifier_graph import classifier_gradient_graph
@@ -14,8 +14,6 @@ from adm_rt.export.unet_graph import unet_graph
 from adm_rt.models.model_weights import ModelWeights, content_digest
 from adm_rt.models.weight_folder import replace_folder
 
-# dtype -> the gradient is multiplied by this on its way: float16 ends at 6e-8
-LOSS_SCALES = {"float32": 1.0, "float16": 128.0, "bfloat16": 1.0}
 _MIN_ONNX = (1, 18)  # knows opset 23
 
 

@@ -9,6 +9,7 @@ from tiny_models import tiny_network
 
 from adm_rt.export.classifier_graph import classifier_gradient_graph
 from adm_rt.export.initializers import initializer, is_weight, split_name
+from adm_rt.engines.base import LOSS_SCALES
 from adm_rt.export.nodes import NODES
 from adm_rt.export.unet_graph import unet_graph
 from adm_rt.models import list_presets, preset
@@ -19,7 +20,7 @@ onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
 from adm_rt.export import functions  # noqa: E402
-from adm_rt.export.exporter import LOSS_SCALES, export_model  # noqa: E402
+from adm_rt.export.exporter import export_model  # noqa: E402
 
 UNETS = {
     "base": {"class_cond": False, "learn_sigma": False},

@@ -7,7 +7,7 @@ from tiny_models import tiny_network
 from torch.overrides import TorchFunctionMode
 
 from adm_rt import ops
-from adm_rt.export.exporter import LOSS_SCALES
+from adm_rt.engines.base import LOSS_SCALES
 from adm_rt.models import ModelConfig, NoisyClassifier, preset
 from adm_rt.models.classifier_gradient import ClassifierGradient, rotated
 

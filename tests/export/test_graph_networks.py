@@ -7,9 +7,9 @@ import pytest
 from graph_checks import BATCHES, LIMITS, assert_parity, session, torch_output, unet_inputs
 from tiny_models import tiny_network
 
+from adm_rt.engines.base import LOSS_SCALES
 from adm_rt.export.classifier_graph import classifier_gradient_graph
 from adm_rt.export.initializers import initializer, is_weight, split_name
-from adm_rt.engines.base import LOSS_SCALES
 from adm_rt.export.nodes import NODES
 from adm_rt.export.unet_graph import unet_graph
 from adm_rt.models import list_presets, preset

@@ -12,7 +12,8 @@ from adm_rt.models.weight_folder import is_model_folder, read_info
 
 ZOO = Path(__file__).parent / "zoo"
 # what config.json's metadata may say about sampling
-SETTINGS = ("class_names", "guidance_scale", "sampler", "classifier", "upsampler")
+SETTINGS = ("class_names", "guidance_scale", "guidance_interval", "sampler")
+SETTINGS += ("classifier", "upsampler")
 
 
 def zoo_models(kind=None):
@@ -60,9 +61,9 @@ def locate(model, argument="model", kind=None):
 def read_settings(path):
     """The sampling settings that a model folder's config.json carries; {} for a ``.pt``.
 
-    Keys, all optional: ``class_names``, ``guidance_scale``, ``sampler``, and ``classifier`` and
-    ``upsampler`` (zoo names, or folders inside this one). Raises CheckpointError for a damaged
-    folder.
+    Keys, all optional: ``class_names``, ``guidance_scale``, ``guidance_interval``, ``sampler``, and
+    ``classifier`` and ``upsampler`` (zoo names, or folders inside this one). Raises CheckpointError
+    for a damaged folder.
     """
     if not is_model_folder(path):
         return {}

@@ -215,7 +215,7 @@ class Pipeline:
         eta=0.0,
         thresholding="static",
         quantile=0.995,
-        guidance_interval=None,
+        guidance_interval="auto",
         guidance_every=1,
         cfg_scale=None,
         seed=0,
@@ -237,7 +237,8 @@ class Pipeline:
           config.json names, else "dpmpp_2m".
         - guidance_scale: strength of classifier guidance; None takes the model's default, 0 never
           runs the classifier. guidance_interval: (low, high) timesteps of the original process
-          outside which there is no guidance; guidance_every: evaluate the gradient every k steps.
+          outside which there is no guidance; "auto" is the one in the model's config.json, if any,
+          None guides at all steps. guidance_every: evaluate the gradient every k steps.
         - cfg_scale: classifier-free guidance, for models trained with a null class; 1 is off.
         - eta: DDIM's noise, 0..1. thresholding of x0: "static" (clamp to [-1, 1]), "dynamic" (by
           ``quantile``), "none".
@@ -261,7 +262,8 @@ class Pipeline:
         given_seeds, seeds = seeds, request.resolve_seeds(seed, seeds, count)
         diffusion = request.respaced_diffusion(cfg, steps)
         guidance_scale = self._guidance_scale(guidance_scale, diffusion.num_timesteps)
-        if sampler == "ddim" and guidance_scale and guidance_interval is None:
+        interval = self._guidance_interval(guidance_interval)
+        if sampler == "ddim" and guidance_scale and interval is None:
             request.warn_of_first_guided_step(diffusion, steps)
         num_classes = self.num_classes if cfg.class_cond or guidance_scale else None
         labels = request.resolve_classes(
@@ -278,7 +280,7 @@ class Pipeline:
                 "eta": _check_eta(eta, sampler),
                 "clip": request.check_choice("thresholding", thresholding, request.THRESHOLDING),
                 "quantile": request.check_number("quantile", quantile, 0.0, 1.0),
-                "guidance_interval": request.check_interval(guidance_interval, cfg.diffusion_steps),
+                "guidance_interval": interval,
                 "guidance_every": request.check_count("guidance_every", guidance_every),
                 **self._classifier_free(cfg_scale),
             },
@@ -375,6 +377,11 @@ class Pipeline:
                 "one; give classifier=..., or guidance_scale=0"
             )
         return scale
+
+    def _guidance_interval(self, interval):
+        if isinstance(interval, str) and interval == "auto":
+            interval = self.settings.get("guidance_interval")
+        return request.check_interval(interval, self.unet.cfg.diffusion_steps)
 
     def _classifier_free(self, scale):
         if scale is None:

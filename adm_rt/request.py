@@ -114,10 +114,13 @@ def check_interval(interval, diffusion_steps):
     if interval is None:
         return None
     try:
+        if isinstance(interval, str):
+            raise ValueError
         low, high = interval
     except (TypeError, ValueError):
         raise TypeError(
-            f"guidance_interval={interval!r} must be a pair (low, high) of timesteps"
+            f"guidance_interval={interval!r} must be a pair (low, high) of timesteps, 'auto' (the "
+            "model's own) or None (all)"
         ) from None
     low = check_number("guidance_interval low", low, 0, diffusion_steps)
     high = check_number("guidance_interval high", high, 0, diffusion_steps)

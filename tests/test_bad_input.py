@@ -115,6 +115,7 @@ def test_bad_arguments_stop_before_any_work(
         ({"seeds": [1, -2]}, "seeds=-2 is out of range"),
         ({"callback": 3}, "callback=3 must be callable"),
         ({"guidance_interval": 5}, "guidance_interval=5 must be a pair"),
+        ({"guidance_interval": "17"}, "guidance_interval='17' must be a pair"),
     ],
     ids=str,
 )

@@ -133,6 +133,8 @@ def test_how_many_images(tiny_folder, workplace, flags, labels):
 def test_lists_of_numbers():
     args = sample_arguments(parse("--seeds", "5,4294967297", "--guidance-interval", "100,900.5"))
     assert args["seeds"] == [5, 4294967297] and args["guidance_interval"] == [100.0, 900.5]
+    assert sample_arguments(parse())["guidance_interval"] == "auto"
+    assert sample_arguments(parse("--guidance-interval", "all"))["guidance_interval"] is None
     with pytest.raises(ValueError, match="--seeds '1;2': numbers separated by commas"):
         sample_arguments(parse("--seeds", "1;2"))
 

@@ -117,6 +117,20 @@ def test_guidance_interval_and_every(counted):
     assert engine.gradients == 2
 
 
+def test_the_models_own_guidance_interval(counted, monkeypatch):
+    pipeline, engine = counted
+    monkeypatch.setitem(pipeline.settings, "guidance_interval", [200, 600])
+    for interval, gradients in (("auto", 2), (None, 5), ((700, 999), 2), ((0, 999), 5)):
+        engine.gradients = 0
+        result = pipeline(1, steps=5, sampler="ddim", guidance_interval=interval, **QUIET)
+        assert engine.gradients == gradients, interval
+        used = result.metadata["guidance_interval"]
+        assert used == {"auto": (200, 600)}.get(interval, interval)
+    monkeypatch.setitem(pipeline.settings, "guidance_interval", [600, 200])
+    with pytest.raises(ValueError, match="guidance_interval=.600, 200. is empty"):
+        pipeline(1, steps=5, **QUIET)
+
+
 @pytest.mark.parametrize(
     ("steps", "sampler", "times"),
     [

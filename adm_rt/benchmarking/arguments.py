@@ -66,9 +66,9 @@ def add_sample(parser):
         default="",
         metavar="NAME,NAME",
         help="who runs beside eager PyTorch: native, torch (our engines), onnxruntime, openvino, "
-        "compile (default: all that are here but compile, whose start takes minutes). On cuda, "
-        "beside our torch engine: released, float16, channels_last, compile, ours_in_turn, "
-        "ours_by_step",
+        "compile, native_1 (native on one thread, beside several) (default: all that are here "
+        "but the last two; compile's start takes minutes). On cuda, beside our torch engine: "
+        "released, float16, channels_last, compile, ours_in_turn, ours_by_step",
     )
     parser.add_argument(
         "--rounds", type=int, help="samples of each (default: 5; on cuda 10, whole runs)"

@@ -14,6 +14,7 @@ from adm_rt.benchmarking.contenders import CONTENDERS, OURS
 _OURS_COLOURS = ("#c2410c", "#fb923c")
 _OTHER_COLOURS = {
     "eager": "#94a3b8",
+    "native_1": "#fed7aa",
     "compile": "#64748b",
     "onnxruntime": "#3b82f6",
     "openvino": "#0f766e",

@@ -47,6 +47,9 @@ CONTENDERS = {
         "eager": Entry(f"{_HERE}:Eager", "PyTorch eager, published code", 1.0, needs=("torch",)),
         "native": Entry(f"{_HERE}:native", "adm_rt native", 2.6, 0.5, ours=True),
         "torch": Entry(f"{_HERE}:torch_engine", "adm_rt torch", 1.0, needs=("torch",), ours=True),
+        "native_1": Entry(
+            f"{_HERE}:native_one_thread", "adm_rt native, 1 thread", 2.6, 0.5, default=False
+        ),
         "compile": Entry(
             f"{_HERE}:Compiled", "torch.compile, frozen", 2.5, needs=("torch",), default=False
         ),
@@ -90,6 +93,14 @@ def missing(name, device="cpu"):
 
 def native(setup):
     return _pipeline(setup, "native")
+
+
+def native_one_thread(setup):
+    """What the other threads are good for, where ``setup`` has several."""
+    from adm_rt import _C
+
+    _C.set_num_threads(1)
+    return native(setup)
 
 
 def torch_engine(setup):

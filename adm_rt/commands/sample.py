@@ -49,7 +49,12 @@ def add_arguments(parser):
         type=float,
         help="strength of classifier guidance, 0 is off (default: the model's own)",
     )
-    add(parser, "--guidance-interval", help="LOW,HIGH: guide only at these timesteps")
+    add(
+        parser,
+        "--guidance-interval",
+        default="auto",
+        help="LOW,HIGH: guide only at these timesteps; all (default: the model's own, else all)",
+    )
     add(parser, "--guidance-every", type=int, default=1, help="new gradient every k steps")
     add(parser, "--cfg-scale", type=float, help="classifier-free guidance (needs a null class)")
     add(parser, "--eta", type=float, default=0.0, help="noise of ddim, 0..1 (default 0)")
@@ -131,7 +136,7 @@ def sample_arguments(args):
         "guidance_scale": args.guidance_scale,
         "eta": args.eta,
         "thresholding": thresholding or "static",
-        "guidance_interval": _numbers("--guidance-interval", args.guidance_interval, float),
+        "guidance_interval": _interval(args.guidance_interval),
         "guidance_every": args.guidance_every,
         "cfg_scale": args.cfg_scale,
         "seed": args.seed,
@@ -173,6 +178,12 @@ def parse_classes(text, class_names):
 def _split(classes):
     parts = [] if classes is None else classes.split(",")
     return parts if len(parts) > 1 else None
+
+
+def _interval(text):
+    if text in ("auto", "all"):
+        return None if text == "all" else text
+    return _numbers("--guidance-interval", text, float)
 
 
 def _numbers(flag, text, kind):

@@ -35,7 +35,8 @@ UNET, CLASSIFIER_GRADIENT = "unet", "classifier_gradient"
 NETWORKS = (UNET, CLASSIFIER_GRADIENT)
 DTYPES = ("float32", "float16", "bfloat16")
 # what ``metadata`` may say: everything that does not name another model
-METADATA = ("class_names", "guidance_scale", "few_step_guidance_scale", "sampler")
+METADATA = ("class_names", "guidance_scale", "few_step_guidance_scale", "guidance_interval")
+METADATA += ("sampler",)
 
 _KEYS = ("format", "format_version", "ops_version", "opset", "dtype", "model", "classifier")
 _KEYS += ("metadata", "networks", "versions")

@@ -100,6 +100,18 @@ def test_rows(tmp_path, capsys, monkeypatch, predict_xstart):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["chart.png", "rows.json"]
 
 
+def test_native_1_is_native_on_one_thread(monkeypatch):
+    from adm_rt import _C
+
+    monkeypatch.setattr(contenders, "native", lambda setup: _C.num_threads())
+    before = _C.num_threads()
+    try:
+        _C.set_num_threads(3)
+        assert contenders.native_one_thread(Setup({}, {}, 3)) == 1
+    finally:
+        _C.set_num_threads(before)
+
+
 def test_float64_says_whose_error_it_is(monkeypatch, tmp_path):
     monkeypatch.setattr(sample, "Worker", Inline)
     file = tmp_path / "rows.json"

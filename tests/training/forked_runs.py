@@ -4,6 +4,7 @@ Imports are the cost of a tiny run, so this process imports everything and forks
 itself never do a backward pass: torch refuses autograd in the child of a process that has.
 """
 
+import faulthandler
 import json
 import os
 import random
@@ -25,6 +26,7 @@ from tiny_training import all_tensors, tiny_trainer  # noqa: E402
 from adm_rt.errors import CheckpointError, ProcessLostError  # noqa: E402
 from adm_rt.training import distributed, shards  # noqa: E402
 
+PATIENCE = int(os.environ.get("PATIENCE", 400))  # seconds for a process
 ENVIRONMENT = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -44,6 +46,7 @@ def fork(run, *args):
     if pid := os.fork():
         return pid
     code = 1
+    faulthandler.dump_traceback_later(PATIENCE - 20)  # where one that hangs does so
     try:
         run(*args)
         code = 0
@@ -56,9 +59,9 @@ def fork(run, *args):
         os._exit(code)
 
 
-def wait(pids, seconds=400):
-    """Exit codes of the children (-9: killed); those still there after ``seconds`` are killed."""
-    codes, end = {}, time.monotonic() + seconds
+def wait(pids):
+    """Exit codes of the children (-9: killed); those still there after PATIENCE are killed."""
+    codes, end = {}, time.monotonic() + PATIENCE
     while len(codes) < len(pids):
         for pid in pids:
             if pid not in codes and (done := os.waitpid(pid, os.WNOHANG))[0]:

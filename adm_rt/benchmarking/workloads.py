@@ -41,6 +41,7 @@ def request(contender, kind, cfg, arrays, guidance_scale):
         return _step(engine, diffusion, times, own, guidance_scale)
     if pipeline is not None:
         options = {"steps": STEPS, "sampler": "ddpm", "guidance_scale": guidance_scale}
+        options["guidance_interval"] = None  # all contenders guide at every step
         options.update(classes=arrays["y"].tolist(), seeds=arrays["seeds"].tolist())
         return lambda: pipeline(len(x), **options, batch_size=len(x), progress=False).images
     return _sample(engine, cfg, diffusion, y, arrays["seeds"], guidance_scale)

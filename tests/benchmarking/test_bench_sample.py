@@ -100,6 +100,19 @@ def test_rows(tmp_path, capsys, monkeypatch, predict_xstart):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["chart.png", "rows.json"]
 
 
+def test_everybody_guides_at_every_step(setup):
+    """Whatever the model's own settings are."""
+    pipeline = contenders.torch_engine(setup)
+    pipeline.settings["guidance_interval"] = (0, 1)
+    arrays = sampling_cases.inputs(TINY, Case("tiny", "sample", 2, True))
+    cfg = sampling_cases.configs(TINY)["diffusion"]
+    ours, published = (
+        workloads.request(contender, "sample", cfg, arrays, 2.0)()
+        for contender in (pipeline, contenders.Eager(setup))
+    )
+    assert np.abs(ours.astype(int) - published).max() <= 1
+
+
 def test_native_1_is_native_on_one_thread(monkeypatch):
     from adm_rt import _C
 

@@ -23,7 +23,11 @@ namespace adm_rt {
 namespace {
 
 constexpr int kMaxThreads = 1024;
-constexpr int64_t kRangesPerThread = 4;  // for balance when the cores are not equally free
+constexpr int64_t kPollRanges = 4;  // pieces of what one thread runs alone, for interrupts
+// A range is half a thread's share of what is left, so that cores that are not equally free end
+// together (guided self-scheduling, Polychronopoulos & Kuck 1987), but no less than a sixteenth of
+// its share of all: a range has its costs.
+constexpr int64_t kRangesPerShare = 2, kMostRangesPerShare = 16;
 // How long a thread waits awake: a network's ops are closer together than a sleeping core takes to
 // wake up. First it keeps its core, then it offers it to others.
 constexpr auto kSpin = std::chrono::microseconds(30);
@@ -57,21 +61,32 @@ bool spin_until(const Done& done) {
 struct Job {
   const std::function<void(int64_t, int64_t)>* body;
   int64_t n;
-  int64_t chunk;
+  int64_t grain;
+  int64_t threads;
   std::atomic<int64_t> next{0};
   std::atomic<int> workers{0};  // changed under the pool's mutex
   std::atomic<bool> failed{false};
   std::exception_ptr error;
 
+  // What a thread takes of `left` at a time: depends on nothing that is decided at run time.
+  int64_t range(int64_t left) const {
+    const int64_t parts = kRangesPerShare * threads;
+    return std::max({grain, (left + parts - 1) / parts, n / (kMostRangesPerShare * threads)});
+  }
+
   void run() {
     const bool was_inside = inside_body;
     inside_body = true;
     while (!failed.load(std::memory_order_relaxed)) {
-      const int64_t begin = next.fetch_add(chunk, std::memory_order_relaxed);
+      int64_t begin = next.load(std::memory_order_relaxed), end;
+      do {
+        if (begin >= n) break;
+        end = std::min(n, begin + range(n - begin));
+      } while (!next.compare_exchange_weak(begin, end, std::memory_order_relaxed));
       if (begin >= n) break;
       try {
         if (interrupt_poll != nullptr && !was_inside) (*interrupt_poll)();
-        (*body)(begin, std::min(n, begin + chunk));
+        (*body)(begin, end);
       } catch (...) {
         if (!failed.exchange(true)) error = std::current_exception();
       }
@@ -86,7 +101,7 @@ void run_inline(int64_t n, int64_t grain, const std::function<void(int64_t, int6
     body(0, n);
     return;
   }
-  const int64_t chunk = std::max(grain, (n + kRangesPerThread - 1) / kRangesPerThread);
+  const int64_t chunk = std::max(grain, (n + kPollRanges - 1) / kPollRanges);
   for (int64_t begin = 0; begin < n; begin += chunk) {
     (*interrupt_poll)();
     body(begin, std::min(n, begin + chunk));
@@ -125,8 +140,8 @@ class Pool {
     Job job;
     job.body = &body;
     job.n = n;
-    job.chunk =
-        std::max(grain, (n + threads * kRangesPerThread - 1) / (threads * kRangesPerThread));
+    job.grain = grain;
+    job.threads = threads;
     int sleepers = 0;
     {
       std::lock_guard<std::mutex> lock(mutex_);
@@ -135,7 +150,7 @@ class Pool {
       sleepers = sleepers_;
     }
     // No more threads than there are ranges for them.
-    const int64_t wanted = (n + job.chunk - 1) / job.chunk - 1;
+    const int64_t wanted = std::min(threads, (n + grain - 1) / grain) - 1;
     for (int64_t i = 0; i < std::min<int64_t>(wanted, sleepers); ++i) wake_.notify_one();
     job.run();
     {

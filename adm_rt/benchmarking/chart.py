@@ -24,17 +24,21 @@ _OTHER_COLOURS = {
 def speeds(rows):
     """(name, sizes, threads) -> contender -> (speed relative to eager, ms), in the rows' order.
 
-    Raises ValueError when a case was not run against eager PyTorch.
+    Where a case was run several times, a contender's numbers are those of its first run, against
+    eager in that run. Raises ValueError for a run without eager PyTorch.
     """
-    result = {}
+    runs = {}  # (case, our time): the rows of one run name the same one
     for row in rows:
-        times = result.setdefault((row["name"], row["sizes"], row["threads"]), {})
-        times.setdefault(row["baseline"], row["baseline_ms"])
-        times.setdefault(row["ours"], row["ours_ms"])
-    for key, times in result.items():
+        case = row["name"], row["sizes"], row["threads"]
+        times = runs.setdefault((case, row["ours_ms"]), {})
+        times[row["baseline"]] = row["baseline_ms"]
+        times[row["ours"]] = row["ours_ms"]
+    result = {}
+    for (case, _), times in runs.items():
         if "eager" not in times:
-            raise ValueError(f"{key[0]}: no row against eager, which the chart is relative to")
-        result[key] = {name: (times["eager"] / ms, ms) for name, ms in times.items()}
+            raise ValueError(f"{case[0]}: no row against eager, which the chart is relative to")
+        for name, ms in times.items():
+            result.setdefault(case, {}).setdefault(name, (times["eager"] / ms, ms))
     return result
 
 

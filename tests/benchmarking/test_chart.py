@@ -30,6 +30,12 @@ def test_speeds_are_relative_to_eager():
         chart.speeds(rows[1:])
 
 
+def test_another_run_of_a_case_has_its_own_eager():
+    rows = [row("eager", 2.0, 6.0), row("eager", 4.0, 9.0), row("compile", 4.0, 3.0)]
+    (bars,) = chart.speeds(rows).values()
+    assert bars == {"eager": (1, 6.0), "native": (3, 2.0), "compile": (3, 3.0)}
+
+
 def test_saved_rows_are_drawn(tmp_path):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed (extra 'bench')")
     files = []

@@ -24,10 +24,10 @@ namespace {
 
 constexpr int kMaxThreads = 1024;
 constexpr int64_t kPollRanges = 4;  // pieces of what one thread runs alone, for interrupts
-// A range is half a thread's share of what is left, so that cores that are not equally free end
-// together (guided self-scheduling, Polychronopoulos & Kuck 1987), but no less than a sixteenth of
-// its share of all: a range has its costs.
-constexpr int64_t kRangesPerShare = 2, kMostRangesPerShare = 16;
+// A range is a quarter of a thread's share of what is left, so that cores that are not equally free
+// end together (guided self-scheduling, Polychronopoulos & Kuck 1987), but no less than a sixteenth
+// of its share of all: a range has its costs.
+constexpr int64_t kRangesPerShare = 4, kMostRangesPerShare = 16;
 // How long a thread waits awake: a network's ops are closer together than a sleeping core takes to
 // wake up. First it keeps its core, then it offers it to others.
 constexpr auto kSpin = std::chrono::microseconds(30);

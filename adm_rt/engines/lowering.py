@@ -101,12 +101,13 @@ class ResBlockValues:
 
 @dataclasses.dataclass(frozen=True)
 class AttentionValues:
-    """The values of a lowered attention block, for its gradient."""
+    """The values of a lowered attention block, for its gradient (p: see ``attention``)."""
 
     layer: Layer
     x: Buffer
     affine: Buffer
     qkv: Buffer
+    p: Buffer | None
     h: Buffer
     y: Buffer
 
@@ -124,12 +125,13 @@ class NetworkBuilder(PlanBuilder):
     """A plan of one network: its configuration, and the blocks of ADM as ops.
 
     ``modulation`` is the input that the embedding plan's output goes to. fast: convolutions of
-    images of 64x64 and more in F(6x6), with fewer products and more rounding.
+    images of 64x64 and more in F(6x6), with fewer products and more rounding. differentiable: keep
+    what the gradient would have to compute again.
     """
 
-    def __init__(self, cfg: ModelConfig, fast: bool = False):
+    def __init__(self, cfg: ModelConfig, fast: bool = False, differentiable: bool = False):
         super().__init__(parameter_shapes(cfg))
-        self.cfg, self._fast = cfg, fast
+        self.cfg, self._fast, self._differentiable = cfg, fast, differentiable
         self.modulation = self.input("modulation", (1, 1, _width(cfg)))
         self._offsets = modulation_offsets(cfg)
 
@@ -204,13 +206,8 @@ class NetworkBuilder(PlanBuilder):
             (height, width, 3 * channels),
             weights=self.layer(f"{name}.qkv"),
         )
-        h = self.op(
-            "attention",
-            {"qkv": qkv},
-            x.shape,
-            heads=layer.heads,
-            order=int(self.cfg.use_new_attention_order),
-        )
+        order = int(self.cfg.use_new_attention_order)
+        h, p = self.attention(qkv, x.shape, heads=layer.heads, order=order)
         y = self.op(
             "linear",
             {"x": h, "residual": x},
@@ -218,7 +215,19 @@ class NetworkBuilder(PlanBuilder):
             stats=True,
             weights=self.layer(f"{name}.proj_out"),
         )
-        return AttentionValues(layer, x, affine, qkv, h, y)
+        return AttentionValues(layer, x, affine, qkv, p, h, y)
+
+    def attention(self, qkv: Buffer, shape, *, heads, order) -> tuple[Buffer, Buffer | None]:
+        """The result, of ``shape``, and the probabilities, where a gradient will need them."""
+        attributes = {"heads": heads, "order": order}
+        if not self._differentiable:
+            return self.op("attention", {"qkv": qkv}, shape, **attributes), None
+        (height, width, _), queries = qkv.shape, shape[0] * shape[1]
+        # Never a multiple of 4 KiB: the rows would compete for the same cache lines.
+        row = 16 * (queries // 16 + 1)
+        outputs = {"y": shape, "p": (heads, height * width, row)}
+        made = self.many("attention", {"qkv": qkv}, outputs, **attributes)
+        return made["y"], made["p"]
 
     def apply(self, layer: Layer, x: tuple[Buffer, ...]):
         """Any layer but the stem, on one map (or two, for a residual block); see its values."""

@@ -41,7 +41,7 @@ def lower_classifier_gradient(cfg: ModelConfig, fast: bool = False) -> LoweredPl
     Inputs: x [C * S * S] (NCHW), modulation [M], y [1] (a class as a float). Output: gradient
     [C * S * S]. fast: see ``NetworkBuilder``.
     """
-    builder = _builder(cfg, fast)
+    builder = _builder(cfg, fast, differentiable=True)
     values = builder.forward()
     logits = {"logits": values.logits, "index": builder.input("y", (1, 1, 1))}
     grad = builder.op("log_softmax_gradient", logits, values.logits.shape)
@@ -62,10 +62,10 @@ class ClassifierValues:
     logits: Buffer
 
 
-def _builder(cfg, fast=False):
+def _builder(cfg, fast=False, differentiable=False):
     if cfg.kind != "classifier":
         raise ValueError(f"kind={cfg.kind!r}: a classifier is needed")
-    return ClassifierBuilder(cfg, fast)
+    return ClassifierBuilder(cfg, fast, differentiable)
 
 
 class ClassifierBuilder(NetworkBuilder):
@@ -97,9 +97,9 @@ class ClassifierBuilder(NetworkBuilder):
         )
         qkv = self._dense("out.2.qkv_proj", {"x": h}, (1, tokens, 3 * channels))
         # Only the mean token's output is used: one query.
-        h = self.op("attention", {"qkv": qkv}, (1, 1, channels), **self._pool_attention(channels))
+        h, p = self.attention(qkv, (1, 1, channels), **self._pool_attention(channels))
         logits = self._dense("out.2.c_proj", {"x": h}, (1, 1, self.cfg.out_channels))
-        return {"x": x, "affine": affine, "qkv": qkv, "logits": logits}
+        return {"x": x, "affine": affine, "qkv": qkv, "p": p, "logits": logits}
 
     def _pool_attention(self, channels):
         return {"heads": channels // self.cfg.num_head_channels, "order": 1}
@@ -163,7 +163,7 @@ class ClassifierBuilder(NetworkBuilder):
         grad = self._linear_gradient("out.2.c_proj", grad)
         grad = self.op(
             "attention_backward",
-            {"qkv": qkv, "grad": grad},
+            {"qkv": qkv, "grad": grad, "p": head["p"]},
             qkv.shape,
             output="dqkv",
             **self._pool_attention(x.channels),
@@ -214,7 +214,7 @@ class ClassifierBuilder(NetworkBuilder):
         g = self._linear_gradient(f"{name}.proj_out", grad)
         g = self.op(
             "attention_backward",
-            {"qkv": qkv, "grad": g},
+            {"qkv": qkv, "grad": g, "p": values.p},
             qkv.shape,
             output="dqkv",
             heads=values.layer.heads,

@@ -27,6 +27,10 @@ def make_qkv(batch, length, heads, d, size=1.0):
     return random_array(rng, batch, 1, length, 3 * heads * d, scale=size)
 
 
+def probability_row(queries):
+    return 16 * (queries // 16 + 1)
+
+
 def reference(qkv, heads, order, queries, dtype):
     """As the released networks compute it: q and k are both scaled by d ** -0.25."""
     batch, _, length, channels = qkv.shape
@@ -39,7 +43,9 @@ def reference(qkv, heads, order, queries, dtype):
     q, k, v = x
     scale = d**-0.25
     weights = torch.softmax((q[:, :, :queries] * scale) @ (k * scale).transpose(-1, -2), dim=-1)
-    return {"y": (weights @ v).transpose(1, 2).reshape(batch, queries, heads * d).numpy()}
+    p = np.zeros((batch, heads, length, probability_row(queries)), np.float64)
+    p[..., :queries] = weights.transpose(-1, -2).numpy()
+    return {"y": (weights @ v).transpose(1, 2).reshape(batch, queries, heads * d).numpy(), "p": p}
 
 
 def check(qkv, heads, order=0, queries=None, **options):
@@ -49,6 +55,8 @@ def check(qkv, heads, order=0, queries=None, **options):
     plain = reference(qkv, heads, order, queries, torch.float32)
     attributes = {"heads": heads, "order": order}
     outputs = {"y": (1, queries, channels)}
+    check_op("attention", {"qkv": qkv}, outputs, exact, plain, attributes, **options)
+    outputs["p"] = (heads, length, probability_row(queries))
     check_op("attention", {"qkv": qkv}, outputs, exact, plain, attributes, **options)
 
 
@@ -95,6 +103,8 @@ def random_case(rng):
     exact = reference(qkv, heads, order, queries, torch.float64)
     plain = reference(qkv, heads, order, queries, torch.float32)
     outputs = {"y": (1, queries, heads * d)}
+    if rng.integers(2):
+        outputs["p"] = (heads, length, probability_row(queries))
     return OpCase({"qkv": qkv}, outputs, exact, plain, {"heads": heads, "order": order})
 
 
@@ -109,6 +119,14 @@ def test_a_query_does_not_depend_on_the_others():
     whole = run("attention", {"qkv": qkv}, {"y": (1, 200, 64)}, attributes)
     few = run("attention", {"qkv": qkv}, {"y": (1, 61, 64)}, attributes)
     assert same_bits(few, {"y": np.ascontiguousarray(whole["y"][:, :, :61])})
+
+
+def test_the_result_is_the_same_where_the_probabilities_are_kept():
+    qkv = make_qkv(1, 600, 2, 32)
+    y = run("attention", {"qkv": qkv}, {"y": (1, 600, 64)}, {"heads": 2})
+    outputs = {"y": (1, 600, 64), "p": (2, 600, probability_row(600))}
+    kept = run("attention", {"qkv": qkv}, outputs, {"heads": 2})
+    assert same_bits(y, {"y": kept["y"]})
 
 
 def test_large_logits():
@@ -134,3 +152,10 @@ def test_nan_stays_nan():
 def test_bad_arguments(attributes, outputs, message):
     with pytest.raises(ValueError, match=message):
         run("attention", {"qkv": np.zeros((1, 1, 9, 48), np.float32)}, {"y": outputs}, attributes)
+
+
+@pytest.mark.parametrize("shape", [(2, 9, 8), (2, 9, 20), (3, 9, 16), (2, 8, 16)])
+def test_bad_shapes_of_the_probabilities(shape):
+    qkv = np.zeros((1, 1, 9, 48), np.float32)
+    with pytest.raises(ValueError, match="p is .*, not 2x9xR, R a multiple of 16 and at least 9"):
+        run("attention", {"qkv": qkv}, {"y": (1, 9, 16), "p": shape}, {"heads": 2})

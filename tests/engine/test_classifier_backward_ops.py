@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from op_checks import C, OpCase, check_cases, check_op, check_shapes, random_array
+from op_checks import C, OpCase, check_cases, check_op, check_shapes, random_array, run
 
 from adm_rt.ops import reference
 
@@ -15,9 +15,14 @@ def attention_case(batch, tokens, queries, heads, head_dim, order, scale=1.0):
     """(inputs, outputs, attributes, exact, plain)."""
     rng = np.random.default_rng([SEED, tokens, heads, head_dim])
     channels = heads * head_dim
+    attributes = {"heads": heads, "order": ORDERS.index(order)}
+    qkv = random_array(rng, batch, 1, tokens, 3 * channels, scale=scale)
+    p_shape = (heads, tokens, 16 * (queries // 16 + 1))
+    kept = {"y": (1, queries, channels), "p": p_shape}
     inputs = {
-        "qkv": random_array(rng, batch, 1, tokens, 3 * channels, scale=scale),
+        "qkv": qkv,
         "grad": random_array(rng, batch, 1, queries, channels),
+        "p": run("attention", {"qkv": qkv}, kept, attributes)["p"],
     }
     results = []
     for dtype in (torch.float64, torch.float32):
@@ -26,7 +31,6 @@ def attention_case(batch, tokens, queries, heads, head_dim, order, scale=1.0):
         out = reference.qkv_attention(qkv, heads, order, queries)
         (dqkv,) = torch.autograd.grad(out, qkv, grad)
         results.append({"dqkv": dqkv.mT.numpy()})
-    attributes = {"heads": heads, "order": ORDERS.index(order)}
     return inputs, {"dqkv": (1, tokens, 3 * channels)}, attributes, *results
 
 
@@ -77,7 +81,11 @@ def test_saturated_attention():
 
 @pytest.mark.parametrize(
     "attributes, message",
-    [({"heads": 3}, "3 heads do not divide"), ({"heads": 2, "order": 2}, "order=2")],
+    [
+        ({"heads": 3}, "3 heads do not divide"),
+        ({"heads": 2, "order": 2}, "order=2"),
+        ({"heads": 4}, "p is 2x4x16, not 4x4xR"),
+    ],
 )
 def test_attention_backward_bad_arguments(attributes, message):
     inputs, outputs, _, _, _ = attention_case(1, 4, 4, 2, 4, "new")

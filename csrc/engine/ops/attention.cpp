@@ -15,13 +15,16 @@ namespace {
 constexpr int64_t kBlocksPerTask = 4;
 
 // Input qkv {.., .., 3 * heads * d}, T pixels. Output y {.., .., heads * d} with the first Tq <= T
-// pixels. Attributes: heads; order 0 (legacy: channel head * 3d + {q, k, v} * d + i) or 1 (new:
-// channel {q, k, v} * heads * d + head * d + i), as in the released checkpoints.
+// pixels. Optional output p {heads, T, R}, R a multiple of 16 and at least Tq: the probabilities by
+// key and query, for attention_backward, zero behind the last query. Attributes: heads; order 0
+// (legacy: channel head * 3d + {q, k, v} * d + i) or 1 (new: channel {q, k, v} * heads * d +
+// head * d + i), as in the released checkpoints.
 class Attention : public Op {
  public:
   explicit Attention(const OpArguments& arguments)
       : qkv_(arguments.input("qkv")),
         y_(arguments.output("y")),
+        p_(arguments.optional_output("p")),
         heads_(arguments.integer("heads")),
         order_(arguments.integer("order", 0)) {
     const Shape& qkv = arguments.input_shape(qkv_);
@@ -37,10 +40,18 @@ class Attention : public Op {
     channels_ = y.channels;
     ADM_RT_CHECK(queries_ >= 1 && queries_ <= keys_, "attention: y has ", queries_,
                  " positions, which is not in [1, ", keys_, "]");
+    if (p_ >= 0) {
+      const Shape& p = arguments.output_shape(p_);
+      ADM_RT_CHECK(
+          p.height == heads_ && p.width == keys_ && p.channels % 16 == 0 && p.channels >= queries_,
+          "attention: p is ", to_string(p), ", not ", heads_, "x", keys_,
+          "xR, R a multiple of 16 and at least ", queries_);
+      p_row_ = p.channels;
+    }
   }
 
   int64_t thread_floats() const override {
-    return ADM_RT_DISPATCH(attention_scratch(channels_ / heads_, keys_));
+    return ADM_RT_DISPATCH(attention_scratch(channels_ / heads_, keys_, p_ >= 0));
   }
 
   double flops(int64_t batch) const override {
@@ -84,18 +95,22 @@ class Attention : public Op {
     one.k = one.q + step;
     one.v = one.k + step;
     one.out = context.output(y_) + image * queries_ * channels_ + head * d;
+    if (p_ >= 0) one.p = context.output(p_) + pair * keys_ * p_row_;
+    one.p_row = p_row_;
     one.row = 3 * channels_;
     one.out_row = channels_;
     one.head_dim = d;
     one.keys = keys_;
+    one.queries = queries_;
     return one;
   }
 
-  int qkv_, y_;
+  int qkv_, y_, p_;
   int64_t heads_, order_;
   int64_t keys_ = 0;
   int64_t queries_ = 0;
   int64_t channels_ = 0;
+  int64_t p_row_ = 0;
 };
 
 ADM_RT_ENGINE_OP("attention", Attention);

@@ -1,5 +1,5 @@
-// attention_backward: the gradient of attention with respect to qkv, from qkv and the gradient of
-// its result. Per head, with P = softmax(q k^T / sqrt(d)) recomputed:
+// attention_backward: the gradient of attention with respect to qkv, from qkv, the gradient of its
+// result and its probabilities P = softmax(q k^T / sqrt(d)). Per head:
 //   dv = P^T grad,  dP = grad v^T,  dS = P (dP - rowsum(P dP)) / sqrt(d),  dq = dS k,  dk = dS^T q
 #include <algorithm>
 
@@ -19,13 +19,15 @@ constexpr int64_t kTaskQueries = 384;
 constexpr int64_t kGrainRows = 64;
 
 // Inputs: qkv {.., .., 3 * heads * d} with T pixels; grad {.., .., heads * d} with Tq <= T pixels,
-// the gradient of the result of the first Tq queries. Output: dqkv like qkv; queries that did not
-// ask get zeros. Attributes: heads; order 0 (legacy) or 1 (new), as in attention.
+// the gradient of the result of the first Tq queries; p, as attention keeps it. Output: dqkv like
+// qkv; queries that did not ask get zeros. Attributes: heads; order 0 (legacy) or 1 (new), as in
+// attention.
 class AttentionBackward : public Op {
  public:
   explicit AttentionBackward(const OpArguments& arguments)
       : qkv_(arguments.input("qkv")),
         grad_(arguments.input("grad")),
+        p_(arguments.input("p")),
         dqkv_(arguments.output("dqkv")),
         heads_(arguments.integer("heads")),
         order_(arguments.integer("order", 0)) {
@@ -45,6 +47,12 @@ class AttentionBackward : public Op {
     channels_ = grad.channels;
     ADM_RT_CHECK(queries_ >= 1 && queries_ <= keys_, "attention_backward: grad has ", queries_,
                  " positions, which is not in [1, ", keys_, "]");
+    const Shape& p = arguments.input_shape(p_);
+    ADM_RT_CHECK(
+        p.height == heads_ && p.width == keys_ && p.channels % 16 == 0 && p.channels >= queries_,
+        "attention_backward: p is ", to_string(p), ", not ", heads_, "x", keys_,
+        "xR, R a multiple of 16 and at least ", queries_);
+    p_row_ = p.channels;
     tasks_ = (queries_ + kTaskQueries - 1) / kTaskQueries;
   }
 
@@ -57,7 +65,7 @@ class AttentionBackward : public Op {
   }
 
   double flops(int64_t batch) const override {
-    return 10.0 * static_cast<double>(batch * channels_) * static_cast<double>(keys_ * queries_);
+    return 8.0 * static_cast<double>(batch * channels_) * static_cast<double>(keys_ * queries_);
   }
 
   void run(const RunContext& context) const override {
@@ -94,6 +102,8 @@ class AttentionBackward : public Op {
     one.k = one.q + step;
     one.v = one.k + step;
     one.grad = context.input(grad_) + image * queries_ * channels_ + head * d;
+    one.p = context.input(p_) + pair * keys_ * p_row_;
+    one.p_row = p_row_;
     one.dq = context.output(dqkv_) + start;
     one.dk = one.dq + step;
     one.dv = one.dk + step;
@@ -130,11 +140,12 @@ class AttentionBackward : public Op {
     }
   }
 
-  int qkv_, grad_, dqkv_;
+  int qkv_, grad_, p_, dqkv_;
   int64_t heads_, order_;
   int64_t keys_ = 0;
   int64_t queries_ = 0;
   int64_t channels_ = 0;
+  int64_t p_row_ = 0;
   int64_t tasks_ = 1;
 };
 

@@ -6,17 +6,20 @@
 namespace adm_rt {
 
 // One head of one image. Rows of q, k, v and their gradients are `row` floats apart, those of the
-// upstream gradient `grad_row`. dk and dv may point elsewhere, to rows `partial_row` apart.
+// upstream gradient `grad_row`. p: see AttentionHead. dk and dv may point elsewhere, to rows
+// `partial_row` apart.
 struct AttentionBackwardHead {
   const float* q = nullptr;
   const float* k = nullptr;
   const float* v = nullptr;
   const float* grad = nullptr;
+  const float* p = nullptr;
   float* dq = nullptr;
   float* dk = nullptr;
   float* dv = nullptr;
   int64_t row = 0;
   int64_t grad_row = 0;
+  int64_t p_row = 0;
   int64_t partial_row = 0;
   int64_t head_dim = 0;
   int64_t keys = 0;

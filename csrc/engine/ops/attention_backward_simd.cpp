@@ -12,7 +12,8 @@ namespace adm_rt::ADM_RT_ISA {
 namespace {
 
 constexpr int64_t kWidth = Vec::kWidth;
-// Queries per block, by the number of keys alone: p and ds take 384 KiB each, where keys allow it.
+// Queries per block, by the number of keys alone: their p and ds are 384 KiB each, where keys allow
+// it.
 constexpr int64_t kTileFloats = 96 * 1024;
 constexpr int64_t kMinQueries = 48, kMaxQueries = 192;  // multiples of every vector and row block
 // Rows whose values are summed in one chain.
@@ -25,12 +26,11 @@ int64_t query_block(int64_t keys) {
 
 struct Scratch {
   float* k_t;     // [head_dim, ld_k]: k transposed
-  float* q;       // panels of q^T, scaled: B of k q^T
-  float* grad;    // panels of grad^T
+  float* grad;    // panels of grad^T: B of v grad^T
   float* q_rows;  // panels of q: B of ds q
   float* grad_rows;
-  float* p;     // [keys, ld]: logits, then probabilities
   float* ds;    // [keys, ld]: dp, then ds
+  float* dots;  // [ld]
   float* ds_b;  // panels of ds: B of k^T ds
   float* dq_t;  // [head_dim, ld]
   int64_t ld_k;
@@ -49,12 +49,11 @@ int64_t carve(int64_t head_dim, int64_t keys, float* base, Scratch* s) {
   s->ld_k = round_up(keys, 16) + 16;
   s->ld = queries + 16;
   s->k_t = take(head_dim * s->ld_k);
-  s->q = take(gemm_packed_floats(queries, head_dim, panel));
   s->grad = take(gemm_packed_floats(queries, head_dim, panel));
   s->q_rows = take(gemm_packed_floats(head_dim, queries, panel));
   s->grad_rows = take(gemm_packed_floats(head_dim, queries, panel));
-  s->p = take(keys * s->ld);
   s->ds = take(keys * s->ld);
+  s->dots = take(s->ld);
   s->ds_b = take(gemm_packed_floats(queries, keys, panel));
   s->dq_t = take(head_dim * s->ld);
   return used;
@@ -80,48 +79,45 @@ void pack_rows(const float* src, int64_t ld, int64_t rows, int64_t columns, int6
   }
 }
 
-// The same of the transposed matrix, times `scale`: rows of src become columns.
+// The same of the transposed matrix: rows of src become columns.
 void pack_columns(const float* src, int64_t ld, int64_t rows, int64_t columns, int64_t width,
-                  float scale, float* dst) {
+                  float* dst) {
   for (int64_t row = 0; row < rows; row += width, dst += columns * width) {
     const int64_t count = rows - row < width ? rows - row : width;
-    transpose(src + row * ld, ld, count, columns, dst, width, scale);
+    transpose(src + row * ld, ld, count, columns, dst, width);
     for (int64_t c = 0; count < width && c < columns; ++c) {
       for (int64_t j = count; j < width; ++j) dst[c * width + j] = 0.0f;
     }
   }
 }
 
-// One vector of queries down all keys. p: logits in units of ln 2 -> probabilities; ds: dp -> p (dp
-// - sum p dp) * scale.
-void softmax_gradient(int64_t keys, int64_t ld, float scale, float* p, float* ds) {
-  // max() gives its second operand when either is NaN: NaN reaches the result by the exponential.
-  Vec even = Vec::set1(-INFINITY), odd = even;
-  int64_t i = 0;
-  for (; i + 2 <= keys; i += 2) {
-    even = max(Vec::load(p + i * ld), even);
-    odd = max(Vec::load(p + (i + 1) * ld), odd);
-  }
-  if (i < keys) even = max(Vec::load(p + i * ld), even);
-  const Vec maximum = max(even, odd);
-  Vec sum = Vec::zero(), dot = sum;
+// ds: dp -> p (dp - sum_keys p dp) * scale, for `columns` queries, a multiple of the vector width.
+void softmax_gradient(int64_t keys, int64_t columns, const float* p, int64_t p_row, float scale,
+                      const Scratch& s) {
+  alignas(64) float chain[kMaxQueries];
+  for (int64_t j = 0; j < columns; j += kWidth) Vec::zero().store(s.dots + j);
   for (int64_t first = 0; first < keys; first += kChain) {
     const int64_t stop = first + kChain < keys ? first + kChain : keys;
-    Vec chain_sum = Vec::zero(), chain_dot = chain_sum;
-    for (i = first; i < stop; ++i) {
-      const Vec e = exp2_shifted(Vec::load(p + i * ld) - maximum);
-      e.store(p + i * ld);
-      chain_sum = chain_sum + e;
-      chain_dot = mul_add(e, Vec::load(ds + i * ld), chain_dot);
+    for (int64_t j = 0; j < columns; j += kWidth) Vec::zero().store(chain + j);
+    for (int64_t i = first; i < stop; ++i) {
+      const float* weight = p + i * p_row;
+      const float* dp = s.ds + i * s.ld;
+      for (int64_t j = 0; j < columns; j += kWidth) {
+        mul_add(Vec::load(weight + j), Vec::load(dp + j), Vec::load(chain + j)).store(chain + j);
+      }
     }
-    sum = sum + chain_sum;
-    dot = dot + chain_dot;
+    for (int64_t j = 0; j < columns; j += kWidth) {
+      (Vec::load(s.dots + j) + Vec::load(chain + j)).store(s.dots + j);
+    }
   }
-  const Vec inverse = Vec::set1(1.0f) / sum, delta = dot / sum, factor = Vec::set1(scale);
-  for (i = 0; i < keys; ++i) {
-    const Vec probability = Vec::load(p + i * ld) * inverse;
-    probability.store(p + i * ld);
-    (probability * (Vec::load(ds + i * ld) - delta) * factor).store(ds + i * ld);
+  const Vec factor = Vec::set1(scale);
+  for (int64_t i = 0; i < keys; ++i) {
+    const float* weight = p + i * p_row;
+    float* ds = s.ds + i * s.ld;
+    for (int64_t j = 0; j < columns; j += kWidth) {
+      const Vec difference = Vec::load(ds + j) - Vec::load(s.dots + j);
+      (Vec::load(weight + j) * difference * factor).store(ds + j);
+    }
   }
 }
 
@@ -131,21 +127,14 @@ void run_block(const AttentionBackwardHead& head, int64_t first, int64_t count, 
   const int64_t d = head.head_dim, keys = head.keys, panel = gemm_panel_width();
   const float* q = head.q + first * head.row;
   const float* grad = head.grad + first * head.grad_row;
-  pack_columns(q, head.row, count, d, panel, logit_scale_base2(d), s.q);
-  pack_columns(grad, head.grad_row, count, d, panel, 1.0f, s.grad);
+  const float* p = head.p + first;
+  pack_columns(grad, head.grad_row, count, d, panel, s.grad);
   pack_rows(q, head.row, count, d, panel, s.q_rows);
   pack_rows(grad, head.grad_row, count, d, panel, s.grad_rows);
-  gemm(keys, count, d, head.k, head.row, s.q, s.p, s.ld, false);
+  gemm(keys, d, count, p, head.p_row, s.grad_rows, head.dv, head.partial_row, accumulate);
   gemm(keys, count, d, head.v, head.row, s.grad, s.ds, s.ld, false);
-  for (int64_t j = 0; j < count; j += kWidth) {
-    if (count - j < kWidth) {  // the columns behind the last query: any finite values
-      for (int64_t i = 0; i < keys; ++i) {
-        for (int64_t l = count; l < j + kWidth; ++l) s.p[i * s.ld + l] = s.ds[i * s.ld + l] = 0.0f;
-      }
-    }
-    softmax_gradient(keys, s.ld, logit_scale(d), s.p + j, s.ds + j);
-  }
-  gemm(keys, d, count, s.p, s.ld, s.grad_rows, head.dv, head.partial_row, accumulate);
+  // The columns behind the last query are their own affair: whatever they hold is not read again.
+  softmax_gradient(keys, round_up(count, kWidth), p, head.p_row, logit_scale(d), s);
   gemm(keys, d, count, s.ds, s.ld, s.q_rows, head.dk, head.partial_row, accumulate);
   pack_rows(s.ds, s.ld, keys, count, panel, s.ds_b);
   gemm(d, count, keys, s.k_t, s.ld_k, s.ds_b, s.dq_t, s.ld, false);

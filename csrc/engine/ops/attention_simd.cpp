@@ -26,13 +26,14 @@ struct AttentionScratch {
   float* k;       // [keys, head_dim]
   float* v;       // [head_dim / kTileColumns, keys, kTileColumns], zero behind the last channel
   float* q;       // [head_dim, kPanel], scaled by log2(e) / sqrt(head_dim)
-  float* logits;  // [kKeyBlock, kPanel]
+  float* logits;  // [kKeyBlock, kPanel], or of all keys where the probabilities are kept
+  float* maxima;  // there, [key blocks, kPanel]: what the logits of each block are relative to
   float* sums;    // [kPanel, ld]
   int64_t ld;     // head_dim in whole vectors
   SoftmaxState softmax;
 };
 
-int64_t carve(int64_t head_dim, int64_t keys, float* base, AttentionScratch* s) {
+int64_t carve(int64_t head_dim, int64_t keys, bool keep, float* base, AttentionScratch* s) {
   int64_t used = 0;
   const auto take = [&](int64_t n) {
     float* p = base == nullptr ? nullptr : base + used;
@@ -42,7 +43,9 @@ int64_t carve(int64_t head_dim, int64_t keys, float* base, AttentionScratch* s) 
   s->ld = round_up(head_dim, kWidth);
   s->softmax = {take(kPanel), take(kPanel), take(kPanel), take(kPanel)};
   s->q = take(head_dim * kPanel);
-  s->logits = take(kKeyBlock * kPanel);
+  const int64_t blocks = (keys + kKeyBlock - 1) / kKeyBlock;
+  s->logits = take((keep ? blocks : 1) * kKeyBlock * kPanel);
+  s->maxima = take(keep ? blocks * kPanel : 0);
   s->sums = take(kPanel * s->ld);
   s->k = take(keys * head_dim);
   s->v = take(keys * round_up(head_dim, kTileColumns));
@@ -101,13 +104,13 @@ inline void weigh_tile(int64_t keys, const float* p, const float* v, int64_t ld,
 // The same for `queries` queries, rounded up to kTileRows, the keys [first, first + keys) and all
 // channels.
 template <bool kFirst>
-void weigh_values(int64_t queries, int64_t first, int64_t keys, int64_t all_keys,
-                  const AttentionScratch& s) {
+void weigh_values(int64_t queries, const float* logits, int64_t first, int64_t keys,
+                  int64_t all_keys, const AttentionScratch& s) {
   for (int64_t c = 0; c < s.ld; c += kTileColumns) {
     const float* v = s.v + c * all_keys + first * kTileColumns;
     const int64_t vecs = (s.ld - c) / kWidth < kTileVecs ? (s.ld - c) / kWidth : kTileVecs;
     for (int64_t i = 0; i < queries; i += kTileRows) {
-      const float* p = s.logits + i;
+      const float* p = logits + i;
       const float* rescale = s.softmax.rescale + i;
       float* sums = s.sums + i * s.ld + c;
       if (vecs == 1) weigh_tile<kFirst, 1>(keys, p, v, s.ld, rescale, sums);
@@ -122,9 +125,43 @@ void weigh_values(int64_t queries, int64_t first, int64_t keys, int64_t all_keys
   }
 }
 
-// Queries that s.q holds, count <= kVecs * width of them: into s.sums, not yet normalised.
+// The probabilities of queries [begin, begin + count) to where they are kept: the logits, which are
+// relative to their blocks' maxima, made relative to the last one and normalised.
 template <int kVecs>
-void query_block(const AttentionHead& head, int64_t count, const AttentionScratch& s) {
+void keep_probabilities(const AttentionHead& head, int64_t begin, int64_t count,
+                        const AttentionScratch& s) {
+  alignas(64) float factors[kPanel];
+  const int64_t columns = kVecs * kWidth;
+  for (int64_t first = 0; first < head.keys; first += kKeyBlock) {
+    const float* maxima = s.maxima + first / kKeyBlock * kPanel;
+    for (int64_t j = 0; j < columns; j += kWidth) {
+      const Vec scale = exp2_shifted(Vec::load(maxima + j) - Vec::load(s.softmax.maximum + j));
+      (scale / Vec::load(s.softmax.normalizer + j)).store(factors + j);
+    }
+    for (int64_t j = count; j < columns; ++j) factors[j] = 0.0f;
+    const int64_t end = head.keys - first < kKeyBlock ? head.keys : first + kKeyBlock;
+    for (int64_t i = first; i < end; ++i) {
+      const float* logits = s.logits + i * kPanel;
+      float* p = head.p + i * head.p_row + begin;
+      // Stores wait for their lines: whole rows apart, the hardware fetches none ahead.
+      for (int64_t j = 0; j < columns; j += 16) __builtin_prefetch(p + 32 * head.p_row + j, 1, 2);
+      for (int64_t j = 0; j < columns; j += kWidth) {
+        (Vec::load(logits + j) * Vec::load(factors + j)).store(p + j);
+      }
+    }
+  }
+  if (begin + count < head.queries) return;
+  for (int64_t i = 0; i < head.keys; ++i) {
+    float* p = head.p + i * head.p_row;
+    for (int64_t j = begin + columns; j < head.p_row; ++j) p[j] = 0.0f;
+  }
+}
+
+// Queries [begin, begin + count), which s.q holds, count <= kVecs * width of them: into s.sums, not
+// yet normalised.
+template <int kVecs>
+void query_block(const AttentionHead& head, int64_t begin, int64_t count,
+                 const AttentionScratch& s) {
   const int64_t d = head.head_dim;
   for (int64_t j = 0; j < kPanel; ++j) {
     s.softmax.maximum[j] = s.softmax.previous[j] = -INFINITY;
@@ -133,15 +170,20 @@ void query_block(const AttentionHead& head, int64_t count, const AttentionScratc
   for (int64_t first = 0; first < head.keys; first += kKeyBlock) {
     const int64_t rest = head.keys - first;
     const int64_t keys = rest < kKeyBlock ? rest : kKeyBlock;
-    gemm_rows<Write::kStoreMax, kVecs>(keys, d, s.k + first * d, d, s.q, s.logits,
-                                       s.softmax.maximum);
-    softmax_block<kVecs>(keys, s.logits, s.softmax);
+    float* logits = s.logits + (head.p == nullptr ? 0 : first * kPanel);
+    gemm_rows<Write::kStoreMax, kVecs>(keys, d, s.k + first * d, d, s.q, logits, s.softmax.maximum);
+    softmax_block<kVecs>(keys, logits, s.softmax);
+    if (head.p != nullptr) {
+      float* maxima = s.maxima + first / kKeyBlock * kPanel;
+      for (int64_t j = 0; j < kPanel; ++j) maxima[j] = s.softmax.maximum[j];
+    }
     if (first == 0) {
-      weigh_values<true>(count, first, keys, head.keys, s);
+      weigh_values<true>(count, logits, first, keys, head.keys, s);
     } else {
-      weigh_values<false>(count, first, keys, head.keys, s);
+      weigh_values<false>(count, logits, first, keys, head.keys, s);
     }
   }
+  if (head.p != nullptr) keep_probabilities<kVecs>(head, begin, count, s);
 }
 
 // 2^(x - maximum) in place, zero up to the next whole vector; returns the sum.
@@ -164,9 +206,9 @@ float exponentials(float* x, int64_t n) {
 
 int64_t attention_query_block() { return kPanel; }
 
-int64_t attention_scratch(int64_t head_dim, int64_t keys) {
+int64_t attention_scratch(int64_t head_dim, int64_t keys, bool keep) {
   AttentionScratch s;
-  const int64_t blocks = carve(head_dim, keys, nullptr, &s);
+  const int64_t blocks = carve(head_dim, keys, keep, nullptr, &s);
   const int64_t single = round_up(keys, 16);
   return blocks > single ? blocks : single;
 }
@@ -174,7 +216,7 @@ int64_t attention_scratch(int64_t head_dim, int64_t keys) {
 void attention_pack(const AttentionHead& head, float* scratch) {
   const int64_t d = head.head_dim;
   AttentionScratch s;
-  carve(d, head.keys, scratch, &s);
+  carve(d, head.keys, head.p != nullptr, scratch, &s);
   for (int64_t i = 0; i < head.keys; ++i) {
     const float* k = head.k + i * head.row;
     for (int64_t c = 0; c < d; c += kWidth) {
@@ -193,21 +235,21 @@ void attention_pack(const AttentionHead& head, float* scratch) {
 void attention_queries(const AttentionHead& head, int64_t begin, int64_t end, float* scratch) {
   const int64_t d = head.head_dim, count = end - begin;
   AttentionScratch s;
-  carve(d, head.keys, scratch, &s);
+  carve(d, head.keys, head.p != nullptr, scratch, &s);
   transpose(head.q + begin * head.row, head.row, count, d, s.q, kPanel, logit_scale_base2(d));
   const int64_t vecs = (count + kWidth - 1) / kWidth;
   for (int64_t c = 0; count < vecs * kWidth && c < d; ++c) {
     for (int64_t j = count; j < vecs * kWidth; ++j) s.q[c * kPanel + j] = 0.0f;
   }
-  if (vecs == 1) query_block<1>(head, count, s);
+  if (vecs == 1) query_block<1>(head, begin, count, s);
   if constexpr (kPanelVecs >= 2) {
-    if (vecs == 2) query_block<2>(head, count, s);
+    if (vecs == 2) query_block<2>(head, begin, count, s);
   }
   if constexpr (kPanelVecs >= 3) {
-    if (vecs == 3) query_block<3>(head, count, s);
+    if (vecs == 3) query_block<3>(head, begin, count, s);
   }
   if constexpr (kPanelVecs >= 4) {
-    if (vecs == 4) query_block<4>(head, count, s);
+    if (vecs == 4) query_block<4>(head, begin, count, s);
   }
   for (int64_t i = 0; i < count; ++i) {
     const Vec factor = Vec::set1(1.0f / s.softmax.normalizer[i]);
@@ -223,7 +265,13 @@ void attention_single(const AttentionHead& head, float* scratch) {
   const float scale = logit_scale_base2(d);
   float* logits = scratch;
   for (int64_t i = 0; i < keys; ++i) logits[i] = dot(head.q, head.k + i * head.row, d) * scale;
-  const Vec factor = Vec::set1(1.0f / exponentials(logits, keys));
+  const float inverse = 1.0f / exponentials(logits, keys);
+  for (int64_t i = 0; head.p != nullptr && i < keys; ++i) {
+    float* p = head.p + i * head.p_row;
+    p[0] = logits[i] * inverse;
+    for (int64_t j = 1; j < head.p_row; ++j) p[j] = 0.0f;
+  }
+  const Vec factor = Vec::set1(inverse);
   for (int64_t c = 0; c < d; c += kWidth) {
     const int64_t rest = d - c;
     Vec even = Vec::zero(), odd = Vec::zero();

@@ -85,12 +85,12 @@ def respaced_timesteps(steps: int, respacing: str | int = "") -> np.ndarray:
             f"{steps} steps."
         )
     size, extra = divmod(steps, len(counts))
+    sections = [size + (1 if index < extra else 0) for index in range(len(counts))]
     kept: list[int] = []
     start = 0
-    for index, count in enumerate(counts):
-        section = size + (1 if index < extra else 0)
-        if count > section:
-            fixed = ",".join(str(section if j == index else c) for j, c in enumerate(counts))
+    for index, (count, section) in enumerate(zip(counts, sections, strict=True)):
+        if not 1 <= count <= section:
+            fixed = ",".join(str(min(max(c, 1), s)) for c, s in zip(counts, sections, strict=True))
             where = f"section {index + 1} of " if len(counts) > 1 else ""
             raise ValueError(
                 f"timestep_respacing={text!r} asks for {count} steps of {where}a process with "
@@ -109,19 +109,13 @@ def respaced_timesteps(steps: int, respacing: str | int = "") -> np.ndarray:
 
 def _count(part: str, text: str, steps: int) -> int:
     try:
-        count = int(part)
+        return int(part)
     except ValueError:
         raise ValueError(
             f"timestep_respacing={text!r} is not understood at {part!r}. Use '' (all {steps} "
             "steps), a number of steps such as '25', one number per section such as "
             "'90,60,60,20,20', or 'ddimN' such as 'ddim25'."
         ) from None
-    if count < 1:
-        raise ValueError(
-            f"timestep_respacing={text!r} asks for {count} steps; every number must be at least 1. "
-            f"Nearest valid: {text.replace(part, '1', 1)!r}."
-        )
-    return count
 
 
 def _ddim_timesteps(steps: int, text: str) -> np.ndarray:

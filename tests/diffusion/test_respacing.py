@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -87,6 +88,8 @@ def test_shape_of_other_processes(steps):
         ("10,,3", "'25'"),
         ("900,300", "Nearest valid: '500,300'"),
         ("5,0", "Nearest valid: '5,1'"),
+        ("10,0", "Nearest valid: '10,1'"),
+        ("600,0,700", "Nearest valid: '334,1,333'"),
         (",".join(["1"] * 1001), "1001 sections"),
     ],
 )
@@ -94,6 +97,8 @@ def test_bad_strings_name_the_way_out(text, says):
     with pytest.raises(ValueError, match="timestep_respacing=") as error:
         Diffusion(timestep_respacing=text)
     assert says in str(error.value)
+    for named in re.findall(r"Nearest valid: ('.+?')\.", str(error.value)):
+        respaced_timesteps(1000, named.strip("'"))
 
 
 @pytest.mark.parametrize("value", [None, 2.5, True, ["25"]])

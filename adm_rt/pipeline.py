@@ -261,6 +261,8 @@ class Pipeline:
         count = request.count_images(num_images, classes, seeds)
         given_seeds, seeds = seeds, request.resolve_seeds(seed, seeds, count)
         diffusion = request.respaced_diffusion(cfg, steps)
+        run = request.sampler_function(sampler)
+        request.warn_of_unused_sections(run, diffusion)
         guidance_scale = self._guidance_scale(guidance_scale, diffusion.num_timesteps)
         interval = self._guidance_interval(guidance_interval)
         if sampler == "ddim" and guidance_scale and interval is None:
@@ -272,7 +274,7 @@ class Pipeline:
         stage = Stage(
             title="sampling",
             engine=self._engine,
-            sampler=request.sampler_function(sampler),
+            sampler=run,
             diffusion=diffusion,
             image_shape=(cfg.in_channels, cfg.image_size, cfg.image_size),
             guidance_scale=guidance_scale,

@@ -109,6 +109,18 @@ def warn_of_first_guided_step(diffusion, steps):
         )
 
 
+def warn_of_unused_sections(sampler, diffusion, name="steps"):
+    """Warn where a list of sections is given to a sampler (a ``Sampler``) with its own grid."""
+    text = diffusion.timestep_respacing
+    if sampler.uses_ode_grid and "," in text:
+        warnings.warn(
+            f"{name}={text!r}: {sampler.name!r} spaces its {diffusion.num_timesteps} steps evenly "
+            "between the first and the last kept timestep, whatever the sections are; sampler "
+            "'ddpm' or 'ddim' follows them.",
+            stacklevel=3,
+        )
+
+
 def check_interval(interval, diffusion_steps):
     """(low, high) in timesteps of the original process, or None."""
     if interval is None:

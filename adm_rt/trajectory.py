@@ -221,7 +221,9 @@ class _Monitor:
             self.timesteps.append(float(t))
         proceed = True
         if self._callback is not None:
-            proceed = self._callback(step, total, float(t), self._stage.engine.to_numpy(x0))
+            # A copy: multistep samplers go on from x0, and a callback may scale it in place.
+            shown = np.array(self._stage.engine.to_numpy(x0))
+            proceed = self._callback(step, total, float(t), shown)
         self._steps_done += 1
         if is_false(proceed):
             self.stopped = {"step": step, "steps": total, "image": self._rows.start}

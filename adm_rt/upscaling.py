@@ -45,11 +45,14 @@ class Upscaler:
     def stage(self, steps, sampler, batch_size, count, names):
         """(Stage, batch size, metadata); names: the arguments that errors speak of."""
         cfg = self.cfg
+        run = request.sampler_function(sampler, names[1])
+        diffusion = request.respaced_diffusion(cfg, steps, names[0])
+        request.warn_of_unused_sections(run, diffusion, names[0])
         stage = Stage(
             title="upsampling",
             engine=self.engine,
-            sampler=request.sampler_function(sampler, names[1]),
-            diffusion=request.respaced_diffusion(cfg, steps, names[0]),
+            sampler=run,
+            diffusion=diffusion,
             image_shape=(cfg.in_channels, cfg.image_size, cfg.image_size),
             options={},
         )

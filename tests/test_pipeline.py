@@ -205,6 +205,18 @@ def test_callback_sees_x0_and_can_stop(tiny_pipeline):
     assert "stopped" not in whole.metadata
 
 
+@pytest.mark.parametrize("engine", ["native", "torch"])
+def test_a_callback_may_change_its_x0(engine):
+    pipeline = Pipeline(tiny_network(), engine=engine)
+
+    def to_pixels(step, total, t, x0):
+        x0 += 1
+        x0 *= 127.5
+
+    changed = pipeline(1, steps=3, sampler="dpmpp_2m", callback=to_pixels, **QUIET)
+    assert np.array_equal(changed.images, pipeline(1, steps=3, sampler="dpmpp_2m", **QUIET).images)
+
+
 def test_classifier_free_guidance():
     pipeline = Pipeline(tiny_network(null_class=True))
     plain = pipeline(2, 3, steps=3, **QUIET)
@@ -226,6 +238,23 @@ def test_guided_ddim_warns_where_its_first_step_explodes(steps, sampler, scale, 
         warnings.simplefilter("always")
         pipeline(1, steps=steps, sampler=sampler, guidance_scale=scale, **QUIET)
     assert [("steps='ddim2'" in str(w.message)) for w in caught] == [True] * warns
+
+
+@pytest.mark.parametrize(
+    ("steps", "sampler", "warns"),
+    [("2,1", "dpmpp_2m", True), ("2,1", "unipc", True), ("2,1", "ddpm", False)]
+    + [("2,1", "ddim", False), ("3", "dpmpp_2m", False), ("ddim3", "unipc", False)],
+)
+def test_sections_that_a_sampler_has_no_use_for_are_said(tiny_stack, steps, sampler, warns):
+    def said(**options):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            tiny_stack(1, guidance_scale=0, **options, **QUIET)
+        return [str(w.message).split(":")[0] for w in caught]
+
+    assert said(steps=steps, sampler=sampler, upsampler_steps=1) == ["steps='2,1'"] * warns
+    above = {"upsampler_steps": steps, "upsampler_sampler": sampler}
+    assert said(steps=1, **above) == ["upsampler_steps='2,1'"] * warns
 
 
 def test_unconditional_models_have_labels_only_when_guided():

@@ -10,6 +10,7 @@ import argparse
 import importlib
 import os
 import sys
+import warnings
 
 from adm_rt import __version__
 
@@ -28,10 +29,12 @@ COMMANDS = {
 
 
 def main(argv=None):
-    """Run one command line; returns its exit code. Errors are one line on stderr."""
+    """Run one command line; returns its exit code. Errors and warnings are one line on stderr."""
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
-        return _dispatch(argv)
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            return _dispatch(argv)
     except KeyboardInterrupt as interrupt:
         _say(str(interrupt) or "interrupted; nothing was written")
         return 130
@@ -95,6 +98,11 @@ def _one_line(error):
     if isinstance(error, MemoryError):
         return "out of memory; use a smaller --batch-size"
     return text or type(error).__name__
+
+
+def _show_warning(message, *where, **more):
+    """A warning as one line: the place in the source means nothing on a command line."""
+    _say(f"warning: {_one_line(message)}")
 
 
 def _say(text):

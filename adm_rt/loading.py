@@ -41,6 +41,8 @@ def load_parts(model, classifier, upsampler, engine, device, dtype, preset, flag
     flags = {k: v for k, v in flags.items() if k not in guide_flags}
     if guide_flags and "classifier" not in paths:
         raise ValueError(f"{', '.join(guide_flags)}: there is no classifier to apply this to")
+    if "image_size" in flags:  # as in guided-diffusion, of both
+        guide_flags["image_size"] = flags["image_size"]
     unet = load(path, preset=preset, **flags)
     parts = {
         "classifier": load(paths["classifier"], **guide_flags) if "classifier" in paths else None,

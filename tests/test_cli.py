@@ -17,6 +17,8 @@ from adm_rt import SampleResult
 from adm_rt.cli import COMMANDS, build_parser, main
 from adm_rt.commands.info import build_report
 from adm_rt.commands.sample import parse_classes, sample_arguments
+from adm_rt.models import save_model
+from adm_rt.models.checkpoint import convert, read_info
 
 
 @pytest.fixture
@@ -90,6 +92,25 @@ def test_structure_flags_describe_a_pt(workplace, capsys):
     wrong = ["64" if f == "32" else f for f in flags]
     assert main([*command[:-1], "y.npz", *wrong]) == 1
     assert "num_channels" in capsys.readouterr().err and not os.path.exists("y.npz")
+
+
+def test_image_size_is_also_the_classifiers(workplace, capsys):
+    """A pool without positions does not tell it, and guided-diffusion has one flag for both."""
+    network = tiny_network("classifier", pool="adaptive", num_head_channels=64, channel_mult="1,2")
+    torch.save(network.state_dict(), "guide.pt")
+    torch.save(tiny_network().state_dict(), "model.pt")
+    command = (
+        "sample --model model.pt --classifier guide.pt -n 1 --steps 1 --num_head_channels 32 "
+        "--use_new_attention_order False --noise_schedule linear --rescale_timesteps False -o x.npz"
+    ).split()
+    assert main([*command, "--image_size", "16"]) == 0, capsys.readouterr().err
+
+
+def test_warnings_are_one_line(tiny_folder, workplace, capsys):
+    command = f"sample --model {tiny_folder} -n 1 --steps 2,1 --sampler unipc -o x.npz --quiet"
+    assert main(command.split()) == 0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("adm-rt: warning: steps='2,1': 'unipc' spaces its 3 steps evenly")
 
 
 def test_aliases_that_disagree():
@@ -209,6 +230,26 @@ def test_convert_both_ways(tiny_folder, workplace, capsys):
 # ---- info ----
 
 
+def test_convert_takes_the_parts_of_a_pipeline_along(tiny_folder, workplace, capsys):
+    assert main(["convert", str(tiny_folder), "copy", "--dtype", "float16"]) == 0
+    assert sorted(os.listdir("copy")) == sorted(os.listdir(tiny_folder))
+    for folder in ("copy", "copy/classifier"):
+        assert read_info(folder).dtype == "float16"
+    pipeline = adm_rt.load("copy")
+    assert pipeline.classifier is not None
+    assert len(pipeline(1, steps=1, guidance_scale=1.0, progress=False)) == 1
+    convert(tiny_folder, "copy", overwrite=True)
+    assert read_info("copy/classifier").dtype == "float32"
+    assert os.listdir() == ["copy"]
+
+
+def test_convert_follows_no_part_out_of_the_folder(tiny_folder, workplace):
+    save_model("a/guide", tiny_network("classifier"))
+    save_model("a/model", tiny_network(), metadata={"classifier": "../guide"})
+    convert("a/model", "b/model")
+    assert os.listdir("b") == ["model"] and "guide" not in os.listdir("b/model")
+
+
 def test_info_has_every_section_and_passes_its_self_test(capsys):
     assert main(["info", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
@@ -322,6 +363,7 @@ def test_usage_errors_exit_with_2(capsys):
         (["--classes", "\N{SUPERSCRIPT TWO}"], "is not a class of tiny"),
         (["--threads", "100000"], r"threads=100000 is out of range; allowed: 1\.\.1024"),
         (["--classifier_width", "64"], "flag classifier_width=64 disagrees"),
+        (["--guidance-interval", "5"], "--guidance-interval '5': LOW,HIGH is needed, or all"),
     ],
 )
 def test_odd_values_are_named_and_nothing_is_written(tiny_folder, workplace, capsys, flags, says):

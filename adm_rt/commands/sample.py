@@ -183,7 +183,10 @@ def _split(classes):
 def _interval(text):
     if text in ("auto", "all"):
         return None if text == "all" else text
-    return _numbers("--guidance-interval", text, float)
+    numbers = _numbers("--guidance-interval", text, float)
+    if len(numbers) != 2:
+        raise ValueError(f"--guidance-interval {text!r}: LOW,HIGH is needed, or all")
+    return numbers
 
 
 def _numbers(flag, text, kind):

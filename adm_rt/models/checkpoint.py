@@ -161,7 +161,8 @@ def convert(
 
     ``dst`` ending in ".pt" is written as a plain state_dict by ``torch.save``, else as a folder.
     ``dtype`` is by default float32 for a ``.pt`` source (as released) and what the folder had
-    otherwise. The rest as in ``load_checkpoint`` and ``save_model``.
+    otherwise. A saved pipeline's classifier and upsampler are taken along into a folder; a ``.pt``
+    holds one network. The rest as in ``load_checkpoint`` and ``save_model``.
     """
     dst = Path(dst)
     if dtype is not None and dtype not in ("float32", "float16", "bfloat16"):
@@ -172,17 +173,33 @@ def convert(
             "overwrite=True)."
         )
     info, weights = _load(src, preset, attention_order, verify, flags)
-    dtype = dtype or info.dtype
+    given_dtype, dtype = dtype, dtype or info.dtype
     if dst.suffix != ".pt":
         names = info.class_names if class_names is None else class_names
         notes = info.metadata if metadata is None else metadata
-        return write_folder(dst, info.config, weights, dtype, names, notes, overwrite)
+        parts = _parts_inside(src, notes)
+
+        def add_parts(place):
+            for part in parts:
+                convert(Path(src) / part, place / part, given_dtype, verify=verify)
+
+        return write_folder(
+            dst, info.config, weights, dtype, names, notes, overwrite, add_parts if parts else None
+        )
     import torch
 
     state = {k: torch.from_numpy(v).to(getattr(torch, dtype)) for k, v in weights.items()}
     with replace_file(dst, overwrite) as temporary, open(temporary, "wb") as file:
         torch.save(state, file)
     return dst
+
+
+def _parts_inside(src, metadata) -> list[str]:
+    """Folders inside ``src`` that its metadata names as its classifier and upsampler."""
+    named = [metadata.get(part) for part in ("classifier", "upsampler")]
+    # A listed name cannot be a path that leads out of the folder.
+    inside = os.listdir(src) if Path(src).is_dir() else []
+    return [name for name in sorted(inside) if name in named and is_model_folder(Path(src) / name)]
 
 
 def convert_attention_order(
@@ -319,8 +336,10 @@ def _read_pt(path: Path) -> dict[str, Any]:
         zipped = zipfile.is_zipfile(path)
         if zipped:
             _check_zip(path)
-        # Mapped, not read: weights are then in memory once.
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        with warnings.catch_warnings():  # of torch's, about files that are refused anyway
+            warnings.simplefilter("ignore")
+            # Mapped, not read: weights are then in memory once.
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except CheckpointError:
         raise
     except OSError as error:

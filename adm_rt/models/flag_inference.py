@@ -409,8 +409,9 @@ def _complete(told, merged, has_preset, source) -> ModelConfig:
         missing.append("num_res_blocks")
     if missing:
         raise CheckpointError(
-            f"{source}: the weights cannot tell {', '.join(missing)}. Give them as flags, or name "
-            f"the released model they are from (preset=...; known: {', '.join(PRESETS)})."
+            f"{source}: the weights cannot tell {', '.join(missing)}. Give them as flags (adm-rt "
+            "convert FILE FOLDER takes all of them, and FOLDER needs none), or name the released "
+            f"model they are from (preset=...; known: {', '.join(PRESETS)})."
         )
     if kind == "classifier":
         # The published classifiers always have 64 channels per head.

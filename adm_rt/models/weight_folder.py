@@ -17,7 +17,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -84,12 +84,14 @@ def write_folder(
     class_names=None,
     metadata: dict[str, Any] | None = None,
     overwrite: bool = False,
+    add_parts: Callable[[Path], None] | None = None,
 ) -> Path:
     """Write a model folder in one step; on any error the place is as it was.
 
     weights: name -> float array, stored as ``dtype`` ("float32", "float16" or "bfloat16").
     ``overwrite`` replaces a model folder (its other files, such as a model card, stay); a folder
-    that is not a model is never replaced. Raises CheckpointError.
+    that is not a model is never replaced. ``add_parts(place)`` puts further folders into it before
+    it appears. Raises CheckpointError.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r} is not known; allowed: {', '.join(DTYPES)}.")
@@ -111,6 +113,8 @@ def write_folder(
         (place / CONFIG_FILE).write_bytes(_json_bytes(info))
         write_safetensors(place / WEIGHTS_FILE, weights, dtype)
         write_manifest(place)
+        if add_parts is not None:
+            add_parts(place)
     return folder
 
 
@@ -214,7 +218,7 @@ def is_model_folder(path: str | os.PathLike) -> bool:
 
 def _copy_others(old: Path, new: Path) -> None:
     for entry in old.iterdir():
-        if entry.name in OWN_FILES:
+        if entry.name in OWN_FILES or os.path.lexists(new / entry.name):
             continue
         if entry.is_dir() and not entry.is_symlink():
             shutil.copytree(entry, new / entry.name, symlinks=True)

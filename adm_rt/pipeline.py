@@ -167,7 +167,7 @@ class Pipeline:
         ``adm-rt export``, which the engine "onnx" runs (as does "auto") and which bring the
         classifier that was exported with them. preset: the released model whose flags hold,
         when the file name does not tell. flags: guided-diffusion's model flags; those that start
-        with ``classifier_`` go to the classifier.
+        with ``classifier_`` go to the classifier, and ``image_size`` to both.
 
         Raises ValueError for anything unknown or not fitting together, CheckpointError for a
         damaged file; both before any weight is used.
@@ -245,7 +245,7 @@ class Pipeline:
         - seed: image i has the Philox seed ``(seed << 32) | i``; seeds: one per image instead.
           An image does not depend on ``batch_size`` beyond 1 of 255 levels.
         - upsampler_steps, upsampler_sampler: like steps and sampler, which are their defaults.
-          Only the base model is guided.
+          Guidance, eta and thresholding are the base model's only.
         - callback(step, total, t, x0): after each step of each batch; x0 float32 [n, 3, H, W] is
           the running prediction. Returning False stops, and what is there is returned.
 

@@ -57,8 +57,14 @@ def add_arguments(parser):
     )
     add(parser, "--guidance-every", type=int, default=1, help="new gradient every k steps")
     add(parser, "--cfg-scale", type=float, help="classifier-free guidance (needs a null class)")
-    add(parser, "--eta", type=float, default=0.0, help="noise of ddim, 0..1 (default 0)")
-    add(parser, "--thresholding", help="of x0: static (default), dynamic, none")
+    add(
+        parser,
+        "--eta",
+        type=float,
+        default=0.0,
+        help="noise of ddim, 0..1 (default 0); the base model's",
+    )
+    add(parser, "--thresholding", help="of the base model's x0: static (default), dynamic, none")
     add(parser, "--clip-denoised", type=flags.boolean, help="False: --thresholding none")
     add(parser, "--upsampler-steps", type=flags.steps, help="default: as --steps")
     add(parser, "--upsampler-sampler", help="default: as --sampler")

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import importlib
-import os
 
-from adm_rt.engines.base import Engine
+from adm_rt.engines.base import UNUSED_GPU, Engine, driver_is_there
 from adm_rt.export.manifest import ExportedNetwork
+from adm_rt.ops._library import why_no_cuda_kernels
 
 __all__ = ["ENGINES", "RUNS_EXPORTED", "Engine", "choose", "create"]
 
@@ -25,8 +25,9 @@ def choose(name="auto", device="auto", exported=False):
     """Resolve an engine name to (name, reason). Raises ValueError for one this build has not.
 
     "auto" is the native engine on the CPU and the torch engine on CUDA, where ``device`` asks for
-    it or is "auto" and a GPU is there that torch can use. exported: the model is an exported
-    folder, which "auto" gives to the onnx engine and which others than ``RUNS_EXPORTED`` refuse.
+    it or is "auto" and a GPU is there that torch and our kernels can use. exported: the model is an
+    exported folder, which "auto" gives to the onnx engine and which others than ``RUNS_EXPORTED``
+    refuse.
     """
     if name == "auto":
         return ("onnx", "the model is an exported folder") if exported else _automatic(device)
@@ -54,17 +55,22 @@ def create(name, unet, classifier=None, device="cpu", dtype="auto", **options):
     the denoiser.
     """
     exported = isinstance(unet, ExportedNetwork)
-    module, cls = ENGINES[choose(name, device, exported)[0]]
+    chosen, why = choose(name, device, exported)
+    module, cls = ENGINES[chosen]
     engine = getattr(importlib.import_module(module), cls)
-    return engine(unet, classifier, device=device, dtype=dtype, **options)
+    engine = engine(unet, classifier, device=device, dtype=dtype, **options)
+    if why.startswith(UNUSED_GPU):
+        engine.notes.append(why)
+    return engine
 
 
 def _automatic(device):
     if device not in ("auto", "cpu"):
         return "torch", f"device={device} was asked for"
-    if device == "auto" and os.path.exists("/proc/driver/nvidia/version"):
+    if device == "auto" and driver_is_there():
         import torch  # only where there is a driver
 
         if torch.cuda.is_available():
-            return "torch", "there is a GPU"
+            missing = why_no_cuda_kernels()
+            return ("native", UNUSED_GPU + missing) if missing else ("torch", "there is a GPU")
     return "native", "the fastest on a CPU"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -49,6 +50,20 @@ class Engine(Protocol):
 
     def image_bytes(self, guided: bool = False) -> int:
         """Bytes of working memory per image of a batch, without or with the classifier."""
+
+
+# How the remark begins why "auto" leaves a GPU alone.
+UNUSED_GPU = (
+    "there is a GPU, but the CPU is used, because the CUDA kernels are not built (ADM_RT_CUDA=on "
+    "pip install . builds them where nvcc is): "
+)
+# On Linux, in some sandboxes, and under Windows Subsystem for Linux.
+_DRIVERS = ("/proc/driver/nvidia/version", "/dev/nvidiactl", "/dev/dxg")
+
+
+def driver_is_there():
+    """Whether an NVIDIA driver seems to be there: without it nothing heavy has to be asked."""
+    return any(os.path.exists(path) for path in _DRIVERS)
 
 
 def check_fit(unet_cfg, classifier_cfg):

@@ -13,7 +13,14 @@ from pathlib import Path
 
 import numpy as np
 
-from adm_rt.engines.base import DTYPES, check_fit, check_images, check_labels, check_low_res
+from adm_rt.engines.base import (
+    DTYPES,
+    check_fit,
+    check_images,
+    check_labels,
+    check_low_res,
+    driver_is_there,
+)
 from adm_rt.engines.memory import activation_bytes, require_memory
 from adm_rt.errors import CheckpointError, EngineError, MissingExtraError
 from adm_rt.export.manifest import ExportedNetwork, read_manifest
@@ -224,7 +231,7 @@ def _resolve_device(runtime, device):
     there = _CUDA in runtime.get_available_providers()
     if device == "auto":
         # The provider is compiled in whether or not there is a GPU.
-        return "cuda:0" if there and os.path.exists("/proc/driver/nvidia/version") else "cpu"
+        return "cuda:0" if there and driver_is_there() else "cpu"
     if device == "cpu":
         return device
     if not isinstance(device, str) or not re.fullmatch(r"cuda(:\d+)?", device):

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import torch
 
-from adm_rt.engines.base import DTYPES, check_fit, check_low_res
+from adm_rt.engines.base import DTYPES, UNUSED_GPU, check_fit, check_low_res
 from adm_rt.engines.captured_run import RunRecorder
 from adm_rt.engines.cuda_networks import CudaUNet, gradient_network
 from adm_rt.engines.memory import activation_bytes
 from adm_rt.engines.torch_gpu import TorchGpu, chosen_convolutions, resolve_device
 from adm_rt.models.checkpoint import module_of
 from adm_rt.models.classifier_gradient import ClassifierGradient
+from adm_rt.ops._backend import reference_forced
+from adm_rt.ops._library import why_no_cuda_kernels
 
 
 class TorchEngine:
@@ -27,8 +29,8 @@ class TorchEngine:
     float16, and whole runs are replays of CUDA graphs (``run_captured``); graph: False runs their
     steps one by one, as ``denoise`` and ``classifier_gradient`` do. branches: False records the two
     networks of a step one after the other, which may be faster for large batches. Needs the CUDA
-    kernels (``adm_rt._cuda``): ImportError at the first call otherwise. CUDA has not been
-    measured. gpu: for tests.
+    kernels (``adm_rt._cuda``): without them device "auto" is the CPU (a note says so) and "cuda" an
+    ImportError. CUDA has not been measured. gpu: for tests.
     """
 
     name = "torch"
@@ -48,10 +50,13 @@ class TorchEngine:
             raise ValueError(f"dtype={dtype!r} is unknown; allowed: 'auto', " + _quoted(DTYPES))
         if classifier is not None:
             check_fit(unet.cfg, classifier.cfg)
+        self.notes = []
         resolved = resolve_device(device) if gpu is None else None
         if gpu is None and resolved.type == "cuda":
+            _check_kernels(device)
             gpu = TorchGpu(device, self.name)
-        self.notes = []
+        elif gpu is None and device == "auto" and torch.cuda.is_available():
+            self.notes.append(UNUSED_GPU + why_no_cuda_kernels())
         self.dtype = "float32" if dtype == "auto" else dtype
         if gpu is None and self.dtype != "float32":
             self.notes.append(f"dtype={dtype} was asked for; float32 is used on the CPU")
@@ -153,6 +158,16 @@ class _OnCuda:
     def gradient(self, x, t, y):
         with chosen_convolutions(self._exact):
             return self._gradient(x, t, y)
+
+
+def _check_kernels(device):
+    """ImportError before anything is loaded where the ops would have to refuse the tensors."""
+    missing = "" if reference_forced() else why_no_cuda_kernels()
+    if missing:
+        raise ImportError(
+            f"device={device!r}: the CUDA kernels of adm_rt cannot be used ({missing}); build with "
+            "ADM_RT_CUDA=on where nvcc is, or use device='cpu', or 'auto'"
+        )
 
 
 def _frozen(module):

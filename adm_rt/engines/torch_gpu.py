@@ -7,11 +7,17 @@ import contextlib
 import numpy as np
 import torch
 
+from adm_rt.ops._library import why_no_cuda_kernels
+
 
 def resolve_device(device="auto"):
-    """torch.device for "auto" | "cpu" | "cuda" | "cuda:N"; ValueError when it is not there."""
+    """torch.device for "auto" | "cpu" | "cuda" | "cuda:N"; ValueError when it is not there.
+
+    "auto" is CUDA where torch sees a GPU and our kernels for it are built.
+    """
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        usable = torch.cuda.is_available() and not why_no_cuda_kernels()
+        return torch.device("cuda" if usable else "cpu")
     try:
         resolved = torch.device(device)
     except (RuntimeError, TypeError) as error:

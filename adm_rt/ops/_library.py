@@ -11,6 +11,8 @@ import functools
 import importlib
 import threading
 
+from adm_rt._build_info import build_info
+
 BUILD_COMMAND = "pip install ."
 INPLACE_BUILD_COMMAND = "python setup.py build_ext --inplace"
 
@@ -53,6 +55,17 @@ def cuda_extension():
             "with `ADM_RT_CUDA=on pip install .` where nvcc is, move the tensors to the CPU, or "
             "run inside `with adm_rt.ops.use_reference():`"
         ) from error
+
+
+def why_no_cuda_kernels():
+    """Why ``adm_rt._cuda`` cannot be imported; "" where it can. Needs neither driver nor GPU."""
+    try:
+        cuda_extension()
+    except ImportError as error:
+        missing = isinstance(error.__cause__, ModuleNotFoundError)
+        reason = build_info().get("cuda", {}).get("reason") if missing else None
+        return reason or str(error.__cause__)
+    return ""
 
 
 @contextlib.contextmanager

@@ -8,12 +8,15 @@ import contextlib
 import dataclasses
 import datetime
 import os
+import sys
 import warnings
 
 import torch
 import torch.distributed as dist
 
+from adm_rt.engines.base import UNUSED_GPU
 from adm_rt.errors import ProcessLostError
+from adm_rt.ops._library import why_no_cuda_kernels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,6 +134,9 @@ def _device(name, world_size):
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("device='cuda', but torch sees no CUDA device; 'cpu' always works.")
     if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    if name == "auto" and (missing := why_no_cuda_kernels()):
+        print(f"adm-rt: {UNUSED_GPU}{missing}", file=sys.stderr, flush=True)
         return torch.device("cpu")
     count = torch.cuda.device_count()
     index = _integer("LOCAL_RANK", 0) if world_size > 1 and count > 1 else 0

@@ -354,12 +354,7 @@ def test_the_cuda_provider_where_there_is_one(folder, monkeypatch):
 
     def create(device, starts=True, driver=True):
         monkeypatch.setattr(onnx_engine, "_onnxruntime", lambda: fake_runtime(both, starts))
-        exists = os.path.exists
-        monkeypatch.setattr(
-            onnx_engine.os.path,
-            "exists",
-            lambda path: driver if str(path) == "/proc/driver/nvidia/version" else exists(path),
-        )
+        monkeypatch.setattr(onnx_engine, "driver_is_there", lambda: driver)
         return engines.create("onnx", made.unet, made.classifier_gradient, device=device)
 
     engine = create("cuda:1")

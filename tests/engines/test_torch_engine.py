@@ -6,6 +6,7 @@ import torch
 from tiny_models import tiny_network
 
 from adm_rt import engines, ops
+from adm_rt.engines import torch_engine, torch_gpu
 from adm_rt.engines.torch_engine import TorchEngine
 
 
@@ -166,6 +167,30 @@ def test_wrong_names_name_what_there_is():
 def test_explicit_cuda_is_never_replaced_by_the_cpu():
     with pytest.raises(ValueError, match="device='cuda' cannot be used: torch .* (GPU|CUDA)"):
         engines.create("torch", tiny_network(), device="cuda")
+
+
+@pytest.fixture
+def gpu_without_kernels(monkeypatch):
+    """torch sees a GPU, and adm_rt was built without nvcc."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(engines, "driver_is_there", lambda: True)
+    for module in (engines, torch_engine, torch_gpu):
+        monkeypatch.setattr(module, "why_no_cuda_kernels", lambda: "nvcc was not found")
+
+
+def test_auto_is_the_cpu_where_our_kernels_are_not_built_for_the_gpu(gpu_without_kernels):
+    """What most people with a GPU have: torch from the index, and no nvcc."""
+    x, y = images().numpy(), np.array([0, 1, 2])
+    for name, chosen in (("auto", "native"), ("torch", "torch")):
+        engine = engines.create(name, tiny_network(), device="auto")
+        assert (engine.name, engine.device) == (chosen, "cpu")
+        assert ["nvcc was not found" in note for note in engine.notes] == [True]
+        assert len(engine.denoise(engine.from_numpy(x), 5, engine.from_numpy(y))) == 3
+    with pytest.raises(ImportError, match="device='cuda': .*nvcc was not found.*device='cpu'"):
+        engines.create("torch", tiny_network(), device="cuda")
+    with pytest.raises(ImportError, match="device='cuda:0'"):
+        engines.create("auto", tiny_network(), device="cuda:0")
 
 
 def test_a_classifier_that_does_not_fit_is_refused():

@@ -174,12 +174,22 @@ def test_cuda_is_refused_where_there_is_none(monkeypatch):
     assert distributed.start("auto").device.type == "cpu"
 
 
+def test_a_gpu_without_our_kernels_is_left_alone(monkeypatch, capsys):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr(distributed, "why_no_cuda_kernels", lambda: "nvcc was not found")
+    assert distributed._device("auto", 1).type == "cpu"
+    assert "the CPU is used" in capsys.readouterr().err
+    assert distributed._device("cuda", 1).type == "cuda"
+
+
 @pytest.mark.parametrize(
     ("local_rank", "count", "index"), [("3", 4, 3), ("3", 1, 0), ("4", 4, None)]
 )
 def test_the_device_is_the_local_ranks(monkeypatch, local_rank, count, index):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: count)
+    monkeypatch.setattr(distributed, "why_no_cuda_kernels", lambda: "")
     monkeypatch.setenv("LOCAL_RANK", local_rank)
     if index is None:
         with pytest.raises(ValueError, match="LOCAL_RANK=4"):

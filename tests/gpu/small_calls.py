@@ -1,9 +1,11 @@
 """Every kernel once on small inputs, for compute-sanitizer: ``python tests/gpu/small_calls.py``.
 
 Run with PYTORCH_NO_CUDA_MEMORY_CACHING=1, so that each tensor is an allocation of its own and an
-access beyond it is seen.
+access beyond it is seen. All that the kernels read is copied from the host, or written by them:
+initcheck takes what kernels write that it does not watch, such as torch's, for unwritten.
 """
 
+import devices
 import torch
 
 from adm_rt import ops
@@ -12,34 +14,46 @@ from adm_rt.ops.philox import image_seeds
 from adm_rt.ops.step_table import StepCounter, StepTable
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+LAYOUTS = (torch.contiguous_format, torch.channels_last)
+
+
+def normal(*shape, dtype=torch.float32, layout=torch.contiguous_format):
+    """Random numbers on the device that no kernel has made."""
+    return torch.randn(shape).to(dtype).contiguous(memory_format=layout).to(devices.NAME)
+
+
+def ones_like(tensor):
+    """The same order of memory, and copied from the host, too."""
+    return torch.empty_like(tensor, device="cpu").fill_(1).to(tensor.device)
+
+
+def leaves(*tensors):
+    return [tensor.requires_grad_() for tensor in tensors]
 
 
 def norms(dtype):
     for shape, silu in (((2, 64, 9, 7), True), ((1, 192, 8, 8), False), ((1, 96, 32, 32), True)):
-        for layout in (torch.contiguous_format, torch.channels_last):
-            x = torch.randn(shape, device="cuda").to(dtype).contiguous(memory_format=layout)
-            x.requires_grad_()
-            weight, bias = (torch.randn(shape[1], device="cuda").requires_grad_() for _ in range(2))
-            scale_shift = torch.randn(shape[0], 2 * shape[1], device="cuda").requires_grad_()
+        for layout in LAYOUTS:
+            x = normal(*shape, dtype=dtype, layout=layout)
+            parameters = normal(shape[1]), normal(shape[1]), normal(shape[0], 2 * shape[1])
+            x, weight, bias, scale_shift = leaves(x, *parameters)
             y = ops.ada_group_norm(x, weight, bias, scale_shift, silu=silu)
-            torch.autograd.grad(y, [x], torch.ones_like(y), retain_graph=True)
-            y.backward(torch.ones_like(y))
+            torch.autograd.grad(y, [x], ones_like(y), retain_graph=True)
+            torch.autograd.grad(y, [x, weight, bias, scale_shift], ones_like(y))
     for channels, resample in ((64, "down"), (36, "up"), (64, "up")):
-        for layout in (torch.contiguous_format, torch.channels_last):
-            x = torch.randn(2, channels, 6, 8, device="cuda").to(dtype).requires_grad_()
-            skip = x.detach().contiguous(memory_format=layout)
-            parameters = torch.randn(2, 2 * channels, device="cuda")
-            first, groups = x.contiguous(memory_format=layout), 12 if channels == 36 else 32
-            y, x_out = ops.ada_group_norm_resample(
-                first, *parameters, groups=groups, skip=skip, resample=resample
+        for layout in LAYOUTS:
+            x, skip = (normal(2, channels, 6, 8, dtype=dtype, layout=layout) for _ in range(2))
+            weight, bias = normal(2 * channels), normal(2 * channels)
+            groups = 12 if channels == 36 else 32
+            inputs = leaves(x, skip, weight, bias)
+            results = ops.ada_group_norm_resample(
+                x, weight, bias, groups=groups, skip=skip, resample=resample
             )
-            (y.sum() + x_out.sum()).backward()
+            torch.autograd.grad(results, inputs, [ones_like(result) for result in results])
     for resample in (None, "down", "up"):  # as in a classifier's gradient
-        x = torch.randn(2, 64, 6, 8, device="cuda").to(dtype)
-        x = x.contiguous(memory_format=torch.channels_last)
-        parameters = torch.randn(2, 64, device="cuda")
+        x = normal(2, 64, 6, 8, dtype=dtype, layout=torch.channels_last)
         y, x_out, saved = input_gradients.ada_group_norm_resample_forward(
-            x, *parameters, resample=resample
+            x, normal(64), normal(64), resample=resample
         )
         input_gradients.ada_group_norm_resample_input_gradient(y, x_out, saved, resample=resample)
 
@@ -47,19 +61,18 @@ def norms(dtype):
 def attentions(dtype):
     shapes = ((2, 64, 64, None), (1, 64, 77, None), (1, 64, 65, 1), (1, 96, 48, None))
     for heads, d, length, queries in (*shapes, (1, 256, 33, None)):
-        qkv = torch.randn(2, length, 3 * heads * d, device="cuda").to(dtype)
-        for tensor in (qkv.transpose(1, 2), qkv.transpose(1, 2).contiguous()):
-            tensor = tensor.requires_grad_() if tensor.is_leaf else tensor.detach().requires_grad_()
-            out = ops.qkv_attention(tensor, heads, num_queries=queries)
-            out.backward(torch.ones_like(out))
+        width = 3 * heads * d
+        token_major = normal(2, length, width, dtype=dtype).transpose(1, 2)
+        for qkv in leaves(token_major, normal(2, width, length, dtype=dtype)):
+            out = ops.qkv_attention(qkv, heads, num_queries=queries)
+            torch.autograd.grad(out, qkv, ones_like(out))
 
 
 def updates(dtype):
     row = StepCoefficients(x0_x=1.2, x0_out=-0.5, next_x=0.4, next_x0=0.5, noise=0.3, max_log=-1.0)
     for size in (16, 5):
-        x = torch.randn(2, 3, size, size, device="cuda")
-        out = torch.randn(2, 6, size, size, device="cuda").to(dtype)
-        seeds = torch.from_numpy(image_seeds(1, 2)).cuda()
+        x, out = normal(2, 3, size, size), normal(2, 6, size, size, dtype=dtype)
+        seeds = torch.from_numpy(image_seeds(1, 2)).to(x.device)
         for clip in ("static", "dynamic"):
             options = {"gradient": x, "seeds": seeds, "learned_variance": True, "clip": clip}
             ops.guided_mean_update(x, out, row, **options)
@@ -73,7 +86,8 @@ def main():
         norms(dtype)
         attentions(dtype)
         updates(dtype)
-    torch.cuda.synchronize()
+    if devices.NAME == "cuda":
+        torch.cuda.synchronize()
     print("all kernels ran")
 
 

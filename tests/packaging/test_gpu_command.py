@@ -162,3 +162,31 @@ def test_missing_packages_are_named(gpu, fake_device, monkeypatch, capsys):
     monkeypatch.setattr(gpu, "NEEDED", {**gpu.NEEDED, "ops": ("no_such_package_here",)})
     assert gpu.main(["--only", "ops"]) == 1
     assert "has no no_such_package_here" in capsys.readouterr().err
+
+
+def test_what_the_sanitizers_run_runs():
+    """On the CPU, and which kernels each of them is told to look at."""
+    code = """
+import small_calls, test_sanitizers
+small_calls.main()
+for tool, options in (
+    ("memcheck", "--kernel-name ... --kernel-regex ..."),
+    ("racecheck", "--kernel-regex ..."),
+    ("synccheck", "--filter ..."),
+    ("initcheck", "--kernel-name ..."),  # else what torch writes is unwritten to it
+):
+    print(*test_sanitizers.only_ours(tool, options))
+"""
+    environment = {**os.environ, "ADM_RT_TEST_DEVICE": "cpu", "OMP_NUM_THREADS": "1"}
+    folders = [str(ROOT / folder) for folder in ("", "tests/gpu", "tests/cpp")]
+    environment["PYTHONPATH"] = os.pathsep.join(folders)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.stdout.splitlines() == [
+        "all kernels ran",
+        "--kernel-name kns=adm_rt",
+        "--kernel-regex kns=adm_rt",
+        "--filter kns=adm_rt",
+        "",
+    ], done.stderr[-2000:]

@@ -23,9 +23,9 @@ struct Launch {
   unsigned blocks_x = 1, blocks_y = 1, blocks_z = 1;
   unsigned threads = 32;
   size_t shared_bytes = 0;  // dynamic; above 48 KiB is opted into here
-  // Programmatic dependent launch (sm_90 and up; elsewhere nothing): may start before the kernel
-  // ahead of it in the stream has ended, so it calls wait_for_previous_kernel() before it touches
-  // what that one writes, or what that one reads and it writes itself.
+  // Programmatic dependent launch (code for sm_90 and up; else nothing): may start before the
+  // kernel ahead of it in the stream has ended, so it calls wait_for_previous_kernel() before it
+  // touches what that one writes, or what that one reads and it writes itself.
   bool programmatic = false;
 };
 
@@ -58,30 +58,41 @@ inline unsigned multiprocessors(const char* name) {
 inline size_t max_shared_bytes(const char* name) {
   return static_cast<size_t>(device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, name));
 }
-// Compute capability as 80, 90, ...
-inline int compute_capability(const char* name) {
-  return 10 * device_attribute(cudaDevAttrComputeCapabilityMajor, name) +
-         device_attribute(cudaDevAttrComputeCapabilityMinor, name);
-}
 // Enqueues a fill of `bytes` bytes with zero.
 inline void fill_zero(const char* name, void* memory, size_t bytes, void* stream) {
   check_cuda(cudaMemsetAsync(memory, 0, bytes, static_cast<cudaStream_t>(stream)), name, "memset");
+}
+
+constexpr int kKnownDevices = 64;  // what is asked once for each of them is asked anew for others
+
+// Whether the kernel's code on the current device has wait_for_previous_kernel in it. The device
+// does not tell: sm_90 runs what the driver makes of compute_80's PTX, too, and that would not
+// wait.
+template <auto kKernel>
+bool waits_for_previous_kernel(const char* name, int device) {
+  enum : int { kUnknown, kNo, kYes };
+  static std::atomic<int> known[kKnownDevices];
+  if (device < kKnownDevices && known[device].load() != kUnknown) return known[device] == kYes;
+  cudaFuncAttributes attributes = {};
+  check_cuda(cudaFuncGetAttributes(&attributes, kKernel), name, "attributes of the kernel");
+  const bool waits = attributes.ptxVersion >= 90;
+  if (device < kKnownDevices) known[device].store(waits ? kYes : kNo);
+  return waits;
 }
 
 // Enqueues kKernel on `stream` (a cudaStream_t): no allocation, no synchronisation, so a graph can
 // capture it. Throws std::runtime_error for what CUDA reports.
 template <auto kKernel, class... Args>
 void launch(const Launch& shape, void* stream, Args... args) {
+  const int device = current_device(shape.name);
   if (shape.shared_bytes > 48 * 1024) {
     // Once per kernel and device; asking again would do no harm.
-    constexpr int kDevices = 64;
-    static std::atomic<size_t> granted[kDevices];
-    const int device = current_device(shape.name);
-    if (device >= kDevices || granted[device].load() < shape.shared_bytes) {
+    static std::atomic<size_t> granted[kKnownDevices];
+    if (device >= kKnownDevices || granted[device].load() < shape.shared_bytes) {
       check_cuda(cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                       static_cast<int>(shape.shared_bytes)),
                  shape.name, "shared memory of the kernel");
-      if (device < kDevices) granted[device].store(shape.shared_bytes);
+      if (device < kKnownDevices) granted[device].store(shape.shared_bytes);
     }
   }
   cudaLaunchConfig_t config = {};
@@ -92,7 +103,7 @@ void launch(const Launch& shape, void* stream, Args... args) {
   cudaLaunchAttribute attribute = {};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;
-  if (shape.programmatic && compute_capability(shape.name) >= 90) {
+  if (shape.programmatic && waits_for_previous_kernel<kKernel>(shape.name, device)) {
     config.attrs = &attribute;
     config.numAttrs = 1;
   }
@@ -103,7 +114,6 @@ void launch(const Launch& shape, void* stream, Args... args) {
 
 inline unsigned multiprocessors(const char*) { return Emulator::get().multiprocessors; }
 inline size_t max_shared_bytes(const char*) { return Emulator::get().max_shared_bytes; }
-inline int compute_capability(const char*) { return 80; }
 inline void fill_zero(const char*, void* memory, size_t bytes, void*) {
   std::memset(memory, 0, bytes);
 }

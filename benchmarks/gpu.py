@@ -87,6 +87,8 @@ NEEDED = {
     "sample": ("torch", "numpy"),
 }
 
+PROGRAMS = ("cmake", "ninja")  # of NEEDED: setup.py takes those on PATH, too
+
 
 class Device(NamedTuple):
     """The first GPU. arch: its compute capability, such as 90."""
@@ -124,10 +126,14 @@ def find_device(run=subprocess.run):
         return None, str(error)
 
 
-def missing_packages(parts):
-    """Names of what the parts import and this Python has not."""
-    names = dict.fromkeys(name for part in parts for name in NEEDED[part.name])
-    return [name for name in names if importlib.util.find_spec(name) is None]
+def missing_packages(part):
+    """Names of what a part needs and is neither a package of this Python nor, of programs, on
+    PATH."""
+    return [
+        name
+        for name in NEEDED[part.name]
+        if importlib.util.find_spec(name) is None and not (name in PROGRAMS and shutil.which(name))
+    ]
 
 
 def filled(part, arch, rows):
@@ -276,20 +282,19 @@ def main(argv=None):
             return 0
         print("make gpu: nothing was run and nothing was measured", file=sys.stderr)
         return NO_DEVICE
-    missing = missing_packages(parts)
-    if missing:
-        print(f"make gpu: {sys.executable} has no {', '.join(missing)}", file=sys.stderr)
-        return 1
 
     deadline = time.monotonic() + 60 * args.minutes
     results = {}
     with tempfile.TemporaryDirectory() as folder:
         for part in parts:
-            left = deadline - time.monotonic()
-            if left < 5:
-                results[part.name] = {"status": "not run: out of time", "seconds": 0.0}
-                continue
-            results[part.name] = run_part(part, device, Path(folder), left)
+            left, missing = deadline - time.monotonic(), ", ".join(missing_packages(part))
+            if left < 5 or missing:
+                why = f"no {missing}" if missing else "out of time"
+                results[part.name] = {"status": f"not run: {why}", "seconds": 0.0}
+                if missing:
+                    print(f"make gpu: {part.name}: {sys.executable} has {why}", file=sys.stderr)
+            else:
+                results[part.name] = run_part(part, device, Path(folder), left)
             if results[part.name]["status"] == "interrupted":
                 break
             if part.name == "build" and results["build"]["status"] != "passed":

@@ -302,6 +302,8 @@ def rows(args):
                 for row in found:
                     print(line(row), flush=True)
                 result += found
+                if args.json:  # what is measured is kept, whatever comes
+                    benchmarking.write(args.json, result)
     return result
 
 

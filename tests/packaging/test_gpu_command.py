@@ -158,10 +158,24 @@ def test_a_part_past_its_limit_is_stopped_with_its_children(gpu, tmp_path):
     assert not late.exists()
 
 
-def test_missing_packages_are_named(gpu, fake_device, monkeypatch, capsys):
-    monkeypatch.setattr(gpu, "NEEDED", {**gpu.NEEDED, "ops": ("no_such_package_here",)})
-    assert gpu.main(["--only", "ops"]) == 1
+def test_a_part_whose_packages_are_missing_is_named_and_left_out(
+    gpu, fake_device, monkeypatch, tmp_path, capsys
+):
+    parts = (part(gpu, "tests", "pass"), part(gpu, "ops", "pass"))
+    monkeypatch.setattr(gpu, "PARTS", parts)
+    monkeypatch.setattr(gpu, "NEEDED", {"tests": ("no_such_package_here",), "ops": ()})
+    monkeypatch.setattr(gpu, "facts", lambda device: {"commit": None})
+    file = tmp_path / "result.json"
+    assert gpu.main(["--json", str(file)]) == 1
     assert "has no no_such_package_here" in capsys.readouterr().err
+    found = {name: p["status"] for name, p in json.loads(file.read_text())["parts"].items()}
+    assert found == {"tests": "not run: no no_such_package_here", "ops": "passed"}
+
+
+def test_cmake_and_ninja_may_be_programs(gpu, monkeypatch):
+    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(gpu.shutil, "which", lambda name: f"/usr/bin/{name}")
+    assert gpu.missing_packages(gpu.PARTS[0]) == ["setuptools", "pybind11"]
 
 
 def test_what_the_sanitizers_run_runs():

@@ -16,6 +16,7 @@ from emulated_norm import emulated_cuda
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from adm_rt import ops, testing
+from adm_rt.benchmarking import cuda_ops
 from adm_rt.ops import _library, input_gradients, reference
 
 torch_side = importlib.import_module("adm_rt.ops._ada_group_norm_torch")
@@ -425,3 +426,22 @@ def test_dlpack_arrays_on_cuda_are_viewed_as_tensors(monkeypatch):
         array.device_type = 2
     got = ops.ada_group_norm(*arrays)
     assert seen == arrays and np.array_equal(got.array, ops.ada_group_norm(*tensors))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", [(8, 8), (48, 40)])  # in shared memory; in chunks
+def test_with_the_moments_at_hand_it_is_the_same(cuda, monkeypatch, size, dtype):
+    """What the GPU benchmark times as the last kernel alone, and its baseline."""
+    for name in ("cuda_extension", "cuda_stream"):
+        monkeypatch.setattr(cuda_ops, name, getattr(torch_side, name))
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(2, 96, *size, generator=generator).to(dtype)
+    x = x.contiguous(memory_format=torch.channels_last)
+    weight, bias = torch.randn(2, 96, generator=generator)
+    scale_shift = torch.randn(2, 192, generator=generator).to(dtype)
+    tensors = x, weight, bias, scale_shift
+    exact = reference.ada_group_norm(*(t.double() for t in tensors))
+    call, plain = cuda_ops.with_moments(*tensors), cuda_ops.folded(*tensors)()
+    for _ in range(2):
+        testing.assert_as_good_as(call(), plain, exact, what="with moments")
+    assert testing.max_error(plain, exact) <= {2: 2e-2, 4: 1e-5}[x.element_size()]

@@ -80,7 +80,8 @@ def test_what_the_plan_runs_is_there(gpu):
             if word.endswith(".py") or word.startswith("tests/"):
                 assert (ROOT / word).exists(), word
     assert set(gpu.NEEDED) == {part.name for part in gpu.PARTS}
-    assert sum(part.seconds for part in gpu.PARTS) <= 15 * 60
+    # The whole has ten minutes; a part that takes longer than expected costs the last ones.
+    assert all(part.seconds <= 240 for part in gpu.PARTS)
 
 
 def test_a_wrong_part_is_named():

@@ -82,8 +82,9 @@ class RunRecorder:
                 except (EngineError, RuntimeError, Unplannable) as error:
                     self._on = isinstance(error, Unplannable)  # another sampler may do better
                     note = f"steps run one by one, not as CUDA graphs: {error}"
-                    self._engine.notes.append(note)
-                    print(f"adm-rt: {note}", file=sys.stderr, flush=True)
+                    if note not in self._engine.notes:  # a batch after the other asks again
+                        self._engine.notes.append(note)
+                        print(f"adm-rt: {note}", file=sys.stderr, flush=True)
                     return None
             return self._recorded.replay(inputs)
 

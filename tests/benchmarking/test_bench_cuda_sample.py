@@ -140,6 +140,38 @@ def test_a_rival_that_fails_is_left_out(monkeypatch, capsys):
     assert gpu.captures == 2  # once for each batch size
 
 
+def test_a_rival_that_is_wrong_does_not_cost_the_others(monkeypatch, capsys):
+    released, sample = cuda_contenders.Released, cuda_contenders.ChannelsLast.sample
+    gradient = released.classifier_gradient
+    monkeypatch.setattr(
+        cuda_contenders.ChannelsLast, "sample", lambda self, work: sample(self, work) * float("nan")
+    )
+
+    def overflows(self, *arguments):
+        return gradient(self, *arguments) * (float("nan") if type(self) is released else 1.0)
+
+    monkeypatch.setattr(released, "classifier_gradient", overflows)
+    found, args = measured(["ours", "released", "float16", "channels_last"], cuda_sample.CASES[:1])
+    assert [row["baseline"] for row in found] == ["float16"] and not args.failures
+    said = capsys.readouterr().out
+    assert "channels_last: tiny 1: its sample is not finite" in said
+    assert "released: tiny 1: a network differs from float32 by nan" in said
+
+
+def test_a_case_too_large_to_compare_does_not_cost_the_others(monkeypatch, capsys):
+    exact = cuda_sample._exact
+
+    def short_of_memory(networks, work, device):
+        if len(work.x) == 1:
+            raise torch.OutOfMemoryError("no memory")
+        return exact(networks, work, device)
+
+    monkeypatch.setattr(cuda_sample, "_exact", short_of_memory)
+    found, args = measured(["ours", "float16"])
+    assert [row["sizes"] for row in found] == ["tiny batch 2 float16 2 steps"]
+    assert "tiny 1: no memory; left out" in capsys.readouterr().out and not args.failures
+
+
 def test_selection():
     cases, names = cuda_sample.selected(arguments())
     assert len(cases) == 2 and names == ["ours", "released", "float16", "channels_last"]

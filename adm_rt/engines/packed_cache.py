@@ -1,8 +1,8 @@
 """Packed weights of the native engine: made once per process, and kept on disk when they are large.
 
 A cache file is a header of JSON and the blobs of a model's plans, each from a page's start. Its
-name is a hash of everything that decides its bytes: the weights' digest, the configuration, the ops
-and their sizes, the instruction set, the version of the packed format. It is written beside its
+name is a hash of everything that decides its bytes: the weights' digest, the network's flags, the
+ops and their sizes, the instruction set, the version of the packed format. It is written beside its
 place and renamed, read by mapping it, and checked by a checksum of every blob; one that is damaged
 is made again. Together the files take ``limit_bytes()`` at most: those that were not used for
 longest make room for a new one. (A process that has mapped one keeps it.)
@@ -32,6 +32,12 @@ CACHE_VARIABLE = "ADM_RT_CACHE"
 LIMIT_VARIABLE = "ADM_RT_CACHE_GB"
 DEFAULT_LIMIT_GB = 20.0
 MIN_CACHED_BYTES = 32 << 20  # packing less than this takes no time
+
+# Flags of training and of the diffusion process: no plan depends on them.
+_OTHER_FLAGS = frozenset(
+    "dropout use_checkpoint use_fp16 diffusion_steps noise_schedule timestep_respacing "
+    "predict_xstart rescale_timesteps sigma_small rescale_learned_sigmas use_kl".split()
+)
 
 _PAGE = 4096
 _MAX_HEADER = 1 << 16
@@ -121,7 +127,8 @@ def cache_report():
 
 def _key(model, plans):
     ops = {name: lowered.plan.ops() for name, lowered in plans.items()}
-    facts = [PACK_VERSION, extension().cpu_isa(), model.digest, model.cfg.to_dict(), ops]
+    flags = {k: v for k, v in model.cfg.to_dict().items() if k not in _OTHER_FLAGS}
+    facts = [PACK_VERSION, extension().cpu_isa(), model.digest, flags, ops]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 

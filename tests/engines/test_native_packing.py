@@ -1,5 +1,6 @@
 """Packed weights: the cache on disk, its damage, and loading without raw weights."""
 
+import dataclasses
 import os
 import stat
 import time
@@ -12,7 +13,7 @@ from tiny_models import tiny_network
 from adm_rt import engines
 from adm_rt.engines import packed_cache
 from adm_rt.errors import CheckpointError
-from adm_rt.models import load_weights, save_model
+from adm_rt.models import ModelConfig, load_weights, save_model
 
 
 @pytest.fixture
@@ -79,6 +80,20 @@ def test_other_weights_have_another_file(cache, model, tmp_path):
     save_model(changed, tiny_network(num_head_channels=16))  # the same weights, another network
     assert not np.array_equal(answer(changed)[0], expected)
     assert len(list(cache.iterdir())) == 3
+
+
+def test_flags_that_no_plan_depends_on_need_no_file_of_their_own(cache, model, tmp_path):
+    expected, _ = answer(model)
+    same = tmp_path / "same"
+    other = {"noise_schedule": "cosine", "diffusion_steps": 500, "use_fp16": True, "dropout": 0.1}
+    save_model(same, tiny_network(**other))
+    assert np.array_equal(answer(same)[0], expected)
+    assert len(list(cache.iterdir())) == 1
+
+
+def test_every_flag_left_out_of_the_key_is_one():
+    fields = {field.name for field in dataclasses.fields(ModelConfig)}
+    assert fields > packed_cache._OTHER_FLAGS
 
 
 def test_it_can_be_switched_off_and_small_models_need_none(cache, model, monkeypatch):

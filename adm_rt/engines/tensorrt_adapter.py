@@ -80,7 +80,10 @@ def library(module=None):
     why = []
     for name in (wish,) if wish else MODULES:
         try:
-            found = TensorRT(importlib.import_module(name))
+            module = importlib.import_module(name)
+            if not hasattr(module, "__version__"):  # a folder of that name is a package, too
+                raise ImportError(f"{list(module.__path__)[0]} is not TensorRT")
+            found = TensorRT(module)
         except (ImportError, OSError) as error:  # OSError: its shared library does not load
             why.append(f"{name}: {error}")
             continue

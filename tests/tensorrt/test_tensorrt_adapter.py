@@ -81,6 +81,15 @@ def test_a_library_that_does_not_load_is_named(monkeypatch, tmp_path):
         tensorrt_adapter.library()
 
 
+def test_a_folder_that_is_called_so_is_not_tensorrt(monkeypatch, tmp_path):
+    (tmp_path / "tensorrt").mkdir()
+    install(monkeypatch)
+    monkeypatch.delitem(sys.modules, "tensorrt")
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])  # an installed one would come first
+    with pytest.raises(MissingExtraError, match=r"tensorrt is not TensorRT.*adm_rt\[tensorrt\]"):
+        tensorrt_adapter.library()
+
+
 @pytest.mark.parametrize(
     "text, profile",
     [("8", (8, 8, 8)), (8, (8, 8, 8)), ("1,8,32", (1, 8, 32)), (" 2, 2,4", (2, 2, 4))],

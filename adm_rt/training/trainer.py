@@ -10,6 +10,7 @@ import copy
 import dataclasses
 import errno
 import json
+import os
 import signal
 import threading
 import time
@@ -34,6 +35,7 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 _OTHERS = ("t", "weight")  # what a task returns beside losses
 _STOPS = {1: "the callback asked for it", 2: "Ctrl-C", 3: "SIGTERM"}
+_LAST_WORDS = 10.0  # seconds for the message of an error, before SIGTERM is obeyed
 
 
 class _CutShort(BaseException):
@@ -342,10 +344,15 @@ class Trainer:
                 raise _CutShort
 
         before = {n: signal.signal(n, note) for n in (signal.SIGINT, signal.SIGTERM)}
+        after = dict(before)
         try:
             yield
+        except Exception:
+            if self.processes.world_size > 1:
+                after[signal.SIGTERM] = _put_off(before[signal.SIGTERM])
+            raise
         finally:
-            for number, handler in before.items():
+            for number, handler in after.items():
                 signal.signal(number, handler)
 
     @contextlib.contextmanager
@@ -479,6 +486,21 @@ class Trainer:
                 + (f"{missing[0]} is missing." if missing else f"{wrong[0]} has another shape.")
             )
         fill(path, state, distributed.assign, self.sharded)
+
+
+def _put_off(handler):
+    """A handler that leaves a signal to ``handler`` some seconds later.
+
+    torchrun sends SIGTERM as soon as one process is gone, when the others have yet to say why.
+    """
+
+    def wait(number, _):
+        signal.signal(number, handler)
+        timer = threading.Timer(_LAST_WORDS, os.kill, (os.getpid(), number))
+        timer.daemon = True
+        timer.start()
+
+    return wait
 
 
 def _warn(text):

@@ -3,16 +3,18 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_training import assert_same_bits
+from tiny_training import assert_same_bits, tiny_trainer
 
-from adm_rt.training import distributed, shards
+from adm_rt.training import distributed, shards, trainer
 from adm_rt.training.checkpoints import Checkpoints
 
 SCRIPT = Path(__file__).with_name("forked_runs.py")
@@ -131,6 +133,28 @@ def test_a_dead_or_silent_process_ends_the_run_with_a_message(tmp_path):
         lines = [line for line in text.splitlines() if "cannot write" in line]
         assert len(lines) == 2 and all("step_0000003: File too large" in line for line in lines)
         assert not list((tmp_path / "full").glob(".step_*"))
+
+
+def test_a_signal_after_an_error_leaves_time_for_the_message(tmp_path, monkeypatch):
+    """torchrun sends SIGTERM to the others at once, and by default it ends them without a word."""
+    seen = []
+    before = signal.signal(signal.SIGTERM, lambda *_: seen.append(time.monotonic()))
+    own = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(trainer, "_LAST_WORDS", 0.3)
+    one = tiny_trainer(tmp_path)
+    try:
+        for world_size in (1, 2):
+            one.processes = distributed.Processes(0, world_size, torch.device("cpu"))
+            with pytest.raises(RuntimeError), one._signals():
+                raise RuntimeError("Connection closed by peer")
+            began = time.monotonic()
+            os.kill(os.getpid(), signal.SIGTERM)
+            while not seen:
+                time.sleep(0.01)
+            assert (seen.pop() - began > 0.25) is (world_size > 1)
+            assert signal.getsignal(signal.SIGTERM) is own
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @pytest.mark.parametrize(

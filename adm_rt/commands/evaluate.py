@@ -111,6 +111,7 @@ def _nll(args):
         cfg.image_size,
         class_cond=cfg.class_cond or None,
         num_classes=cfg.num_classes if cfg.class_cond else None,
+        class_names=network.info.class_names if cfg.class_cond else None,
         seed=args.data_seed,
     )
     count = count if dataset.num_images is None else min(count, dataset.num_images)
@@ -173,8 +174,12 @@ def _digits(args):
 
 def _check_json(path):
     """Before the work, not after it."""
-    folder = Path(path).absolute().parent if path else None
-    if folder and not (folder.is_dir() and os.access(folder, os.W_OK)):
+    if not path:
+        return
+    if Path(path).is_dir():
+        raise ValueError(f"--json {path}: this is a folder; name a file")
+    folder = Path(path).absolute().parent
+    if not (folder.is_dir() and os.access(folder, os.W_OK)):
         raise ValueError(f"--json {path}: the folder {folder} is not there or cannot be written")
 
 

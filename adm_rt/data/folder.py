@@ -28,6 +28,7 @@ class ImageFolder(Dataset):
     class_from: "folder": the sub-folder of `folder` an image lies in, at any depth below it;
       "prefix": the file name before its first "_" (the published rule); "auto": by sub-folder when
       no image lies in `folder` itself, else by prefix when every name has one and they differ.
+    class_names: number the classes by this list instead; DataError for a class that is not in it.
     """
 
     def __init__(
@@ -37,6 +38,7 @@ class ImageFolder(Dataset):
         *,
         class_cond=None,
         class_from="auto",
+        class_names=None,
         num_classes=None,
         exif_rotation=False,
         **options,
@@ -53,6 +55,8 @@ class ImageFolder(Dataset):
             )
         kinds = None if class_cond is False else self._classes(class_from, class_cond)
         names = None if kinds is None else sorted(set(kinds))
+        if names is not None and class_names is not None:
+            names = self._known(names, class_names)
         found = None if names is None else len(names)
         count = choose_classes(self.folder, found, num_classes, class_cond, _HINT)
         super().__init__(self.folder, image_size, len(self.paths), num_classes=count, **options)
@@ -86,6 +90,18 @@ class ImageFolder(Dataset):
         prefixes = [name.split("_", 1)[0] for name in names]
         sure = required or class_from == "prefix" or len(set(prefixes)) > 1
         return prefixes if sure else None
+
+    def _known(self, names, class_names):
+        """``class_names`` as a list, if all of ``names`` are among them."""
+        allowed = list(map(str, class_names))
+        other = next((name for name in names if name not in allowed), None)
+        if other is not None:
+            shown = ", ".join(allowed[:10]) + (", ..." if len(allowed) > 10 else "")
+            raise DataError(
+                f"{self.folder}: class {other!r} is not one of the model's ({shown}); name the "
+                "classes as they were named in training"
+            )
+        return allowed
 
     def describe(self):
         return super().describe() | {"exif_rotation": self.exif_rotation}

@@ -32,6 +32,7 @@ def open_dataset(
     num_classes: int | None = None,
     class_from: str | None = None,
     exif_rotation: bool | None = None,
+    class_names=None,
 ) -> Dataset:
     """The data set that `spec` names, each image cropped to image_size x image_size.
 
@@ -44,6 +45,8 @@ def open_dataset(
     class_cond: None takes labels if there are any, True must have them, False leaves them out.
     num_classes: None counts them; a larger number leaves room (for a model with more classes).
     class_from, exif_rotation: for folders, see ImageFolder.
+    class_names: the model's classes in their order (None: not known), for a set that need not hold
+      all of them; a folder's classes are numbered by it. Labels of other sets are numbers already.
 
     DataError, ValueError and TypeError name what is wrong with the data or an argument.
     """
@@ -63,6 +66,8 @@ def open_dataset(
             if kind is not ImageFolder:
                 raise ValueError(f"{name}={value!r} is for folders of images, not for {spec!r:.80}")
             options[name] = value
+    if kind is ImageFolder:
+        options["class_names"] = class_names
     return kind(image_size=image_size, **arguments, **options)
 
 

@@ -97,7 +97,7 @@ def _add_data(command, what):
     add(command, "--num-classes", type=int, metavar="N", help="(as many as the data have)")
     if what == "classifier":
         add(command, "--val-data", "--val-data-dir", metavar="SPEC", help="held-out images")
-        add(command, "--val-images", type=int, metavar="N", help="of them, the first (1000)")
+        add(command, "--val-images", type=int, metavar="N", help="so many of them (1000)")
         return
     add(command, "--class-cond", type=boolean, metavar="BOOL", help="(yes, if there are labels)")
     add(

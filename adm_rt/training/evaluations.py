@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from adm_rt.data import area_downsample
+from adm_rt.data.keyed_random import shuffled
 from adm_rt.diffusion import losses
 from adm_rt.errors import NonFiniteError
 from adm_rt.ops.philox import image_seeds, philox_normal, philox_randint
@@ -83,8 +84,9 @@ class SampleGrid:
 class Validation:
     """Top-1 and top-5 accuracy and loss of a noisy classifier on held-out images, by noise level.
 
-    dataset: from ``adm_rt.data.open_dataset``; its first ``num_images`` are used (all, if fewer).
-    Image i is noised to a level of its own, the same at every step. Returns ``val_loss``,
+    dataset: from ``adm_rt.data.open_dataset``; ``num_images`` of it are used (all, if fewer), drawn
+    at random, for a folder is in the order of its classes. They, and the level that each is noised
+    to, are the same at every step. Returns ``val_loss``,
     ``val_top1``, ``val_top5`` and each by quartile of t (``val_top1_q0`` is the least noisy).
     """
 
@@ -96,7 +98,9 @@ class Validation:
         self.dataset, self.diffusion, self.batch_size = dataset, diffusion, batch_size
         self.summary = f"accuracy on {self.count:,} images of {dataset.name}"
         self.seeds = image_seeds(seed, self.count)
-        self._index = range(self.count)
+        self._index = np.arange(self.count)
+        if size is not None:
+            self._index = np.sort(shuffled(self._index, size, seed, 0))
         self.num_classes = num_classes
         self.t = philox_randint(self.seeds, diffusion.num_timesteps, purpose=_VALIDATION_LEVEL)
 
@@ -107,7 +111,7 @@ class Validation:
             rows = slice(start, min(start + self.batch_size, self.count))
             images, labels = self.dataset.get_many(self._index[rows], self._index[rows])
             x0, y = torch.from_numpy(from_uint8(images)), torch.from_numpy(labels)
-            check_labels(y, self.num_classes, self.dataset.name, start)
+            check_labels(y, self.num_classes, self.dataset.name, self._index[rows])
             noise = philox_normal(self.seeds[rows], x0.shape[1:], purpose=_VALIDATION_NOISE)
             t = torch.from_numpy(self.t[rows])
             x_t = losses.q_sample(self.diffusion, x0, t, torch.from_numpy(noise)).to(device)
@@ -139,15 +143,18 @@ def classification_terms(logits, y):
     }
 
 
-def check_labels(y, num_classes, name, first=0):
-    """ValueError naming the first label of ``y`` int64 [N] that is not in [0, num_classes)."""
+def check_labels(y, num_classes, name, numbers):
+    """ValueError naming the first label of ``y`` int64 [N] that is not in [0, num_classes).
+
+    numbers: those of the images, [N], for the message.
+    """
     bad = ((y < 0) | (y >= num_classes)).nonzero().flatten().tolist()
     if not bad:
         return
     label = int(y[bad[0]])
     what = "no label" if label == -1 else f"label {label}"
     raise ValueError(
-        f"{name}: image {first + bad[0]} has {what}, and the model has classes 0 to "
+        f"{name}: image {numbers[bad[0]]} has {what}, and the model has classes 0 to "
         f"{num_classes - 1}. Give the model the data's number of classes (num_classes), train "
         "without classes (class_cond=False), or mend the labels."
     )

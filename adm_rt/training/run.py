@@ -227,7 +227,11 @@ def _task(cfg, stream, **options):
 def _evaluations(cfg, task, config, dataset, val_data, sample_count, sample_steps, val_images):
     if cfg.kind == "classifier":
         held_out = open_dataset(
-            val_data, cfg.image_size, class_cond=True, num_classes=cfg.num_classes
+            val_data,
+            cfg.image_size,
+            class_cond=True,
+            num_classes=cfg.num_classes,
+            class_names=dataset.class_names,
         )
         return [Validation(held_out, task.diffusion, cfg.num_classes, val_images)]
     if sample_count < 1:

@@ -32,6 +32,11 @@ class Batch:
     def __len__(self):
         return self.x0.shape[0]
 
+    @property
+    def numbers(self):
+        """Positions of the images in the stream."""
+        return range(self.first, self.first + len(self))
+
     def __getitem__(self, rows):
         start, stop, _ = rows.indices(len(self))
         extra = {name: value[start:stop] for name, value in self.extra.items()}
@@ -89,7 +94,7 @@ class DiffusionTask:
         """The share of process ``rank`` in the global batch of update ``step``: a ``Batch``."""
         batch = Batch(*self.data.batch(step, rank, world_size))
         if self.class_cond and self.num_classes is not None:
-            check_labels(batch.y, self.num_classes, _name(self.data, step), batch.first)
+            check_labels(batch.y, self.num_classes, _name(self.data, step), batch.numbers)
         return batch
 
     def describe(self):
@@ -185,7 +190,7 @@ class ClassifierTask:
         """The share of process ``rank`` in the global batch of update ``step``: a ``Batch``."""
         batch = Batch(*self.data.batch(step, rank, world_size))
         if self.num_classes is not None:
-            check_labels(batch.y, self.num_classes, _name(self.data, step), batch.first)
+            check_labels(batch.y, self.num_classes, _name(self.data, step), batch.numbers)
         return batch
 
     def describe(self):

@@ -53,6 +53,17 @@ def test_classes_by_sub_folder(tmp_path):
         open_dataset(tmp_path, 8, num_classes=2)
 
 
+def test_classes_are_numbered_as_the_model_has_them(tmp_path):
+    write_folder(tmp_path, ["c/x.png", "a/y.png"])
+    data = open_dataset(tmp_path, 8, class_names=("d", "c", "b", "a"))
+    assert [data.get(i)[1] for i in range(2)] == [3, 1]
+    assert data.num_classes == 4 and data.class_names == ["d", "c", "b", "a"]
+    plain = open_dataset(tmp_path, 8, class_cond=False, class_names=("d",))
+    assert plain.num_classes is None and plain.class_names is None
+    with pytest.raises(DataError, match="class 'c' is not one of the model's .a, b.; name"):
+        open_dataset(tmp_path, 8, class_names=("a", "b"))
+
+
 def test_where_classes_are_looked_for(tmp_path):
     flat = write_folder(tmp_path / "flat", ["img_1.png", "img_2.png"])
     assert open_dataset(flat, 8).num_classes is None  # one prefix tells nothing

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tiny_models import tiny_network
 
 from adm_rt.cli import main
@@ -165,6 +166,23 @@ def test_the_command_writes_what_it_says(folder, tmp_path, capsys):
     assert err == "" and json.loads(json_file.read_text())["num_images"] == 1
 
 
+def test_a_folder_may_lack_some_of_the_models_classes(tmp_path, monkeypatch):
+    model = save_model(tmp_path / "model", tiny_network(), class_names=list("abcde"))
+    for name in "eb":
+        (tmp_path / "set" / name).mkdir(parents=True)
+        Image.new("RGB", (16, 16)).save(tmp_path / "set" / name / "0.png")
+    seen = []
+
+    def noted(network, diffusion, images, labels, **options):
+        seen.extend(labels)
+        return bits_per_dim(network, diffusion, images, labels, **options)
+
+    monkeypatch.setattr("adm_rt.evaluation.nll.bits_per_dim", noted)
+    command = ["evaluate", "nll", str(model), "--data", str(tmp_path / "set"), "--steps", "2"]
+    assert main([*command, "--quiet"]) == 0
+    assert seen == [1, 4]
+
+
 @pytest.mark.parametrize(
     "flags, said",
     [
@@ -172,6 +190,7 @@ def test_the_command_writes_what_it_says(folder, tmp_path, capsys):
         ("MODEL --data nowhere", "data='nowhere'"),
         ("MODEL --data digits --num-samples 0", "num_samples=0"),
         ("MODEL --data digits --json nowhere/x.json", "--json nowhere/x.json"),
+        ("MODEL --data glyphs --json /", "--json /: this is a folder"),
         ("MODEL --data digits --timestep-respacing ddim37", "ddim37"),
         ("glyphs32_classifier --data glyphs", "is a classifier"),
     ],

@@ -216,6 +216,18 @@ def test_validation_counts_by_noise_level():
     assert row["val_loss"] == pytest.approx(small * losses[0] + (1 - small) * losses[1])
 
 
+def test_validation_of_a_part_sees_all_classes():
+    """A folder is in the order of its classes: its first images are of the first ones."""
+    data = FixedSet(1000)
+    data.labels = np.arange(1000) // 200
+    validation = Validation(data, Diffusion(), 5, num_images=100, batch_size=30)
+    _, labels = data.get_many(validation._index, None)
+    assert np.bincount(labels, minlength=5).min() > 8 and len(set(validation._index)) == 100
+    data.labels[validation._index[40]] = 7
+    with pytest.raises(ValueError, match=f"image {validation._index[40]} has label 7"):
+        validation(1, KnowsTheLevel())
+
+
 def test_validation_uses_all_of_a_small_set_and_checks_labels():
     assert Validation(FixedSet(7), Diffusion(), 5, num_images=50).count == 7
     assert Validation(FixedSet(7), Diffusion(), 5, num_images=3).count == 3

@@ -109,6 +109,27 @@ def test_what_is_trained_is_what_sample_reads(tmp_path):
     assert result.images.shape == (2, 16, 16, 3) and result.labels.tolist() == [7, 1]
 
 
+def test_validation_numbers_classes_as_training_does(tmp_path):
+    for part, names in (("train", "abc"), ("held", "c"), ("other", "ad")):
+        for name in names:
+            (tmp_path / part / name).mkdir(parents=True)
+            Image.new("RGB", (8, 8)).save(tmp_path / part / name / "0.png")
+    seen = []
+
+    def run(held_out):
+        flags = options("classifier", iterations=1, out=tmp_path / "run", progress=False)
+        return train("classifier", tmp_path / "train", val_data=tmp_path / held_out, **flags)
+
+    with pytest.raises(DataError, match="class 'd' is not one of the model's .a, b, c"):
+        run("other")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "adm_rt.training.evaluations.check_labels", lambda y, *_: seen.extend(y.tolist())
+        )
+        run("held")
+    assert seen == [2]
+
+
 def test_a_run_in_out_is_continued(tmp_path):
     def run(name, iterations, **more):
         flags = options("diffusion", iterations=iterations, out=tmp_path / name, **more)

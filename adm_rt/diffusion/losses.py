@@ -98,6 +98,17 @@ def prior_bpd(diffusion: Diffusion, x0):
     return normal_kl(mean, log_variance, zero, zero).flatten(1).mean(1) / math.log(2.0)
 
 
+def check_snr_weight(diffusion: Diffusion, loss_type: str | None = None):
+    """ValueError where ``training_losses`` cannot have snr_weight."""
+    loss_type = diffusion.loss_type if loss_type is None else loss_type
+    if diffusion.model_mean_type != "xstart" or "mse" not in loss_type:
+        raise ValueError(
+            f"snr_weight is for the mse of x0; this is the {loss_type} of "
+            f"{diffusion.model_mean_type}. Set predict_xstart=True (without use_kl), or "
+            "snr_weight=False."
+        )
+
+
 def training_losses(
     diffusion: Diffusion,
     model_output,
@@ -129,11 +140,8 @@ def training_losses(
     loss_type = diffusion.loss_type if loss_type is None else loss_type
     if loss_type not in LOSS_TYPES:
         raise ValueError(f"loss_type={loss_type!r} is not one of {LOSS_TYPES}.")
-    if snr_weight and (diffusion.model_mean_type != "xstart" or "mse" not in loss_type):
-        raise ValueError(
-            f"snr_weight is for the mse of x0; this is the {loss_type} of "
-            f"{diffusion.model_mean_type}."
-        )
+    if snr_weight:
+        check_snr_weight(diffusion, loss_type)
     out = model_output.to(x0.dtype)
     prediction, v = gaussian.split_output(diffusion, out, x0.shape[1])
     if diffusion.model_mean_type == "xstart":

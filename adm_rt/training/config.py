@@ -135,23 +135,33 @@ def differences(saved, now, allowed=""):
     """What forbids to continue a run of configuration ``saved`` with ``now``: a list of sentences.
 
     Both are dicts of sections ("train", "model", "task") of JSON values; ``allowed`` is
-    ``TrainConfig.allow_changes``, in which fields of other sections are named "model.dropout".
+    ``TrainConfig.allow_changes``, in which fields of other sections are named "model.dropout", and
+    "task.data" stands for all that is below it.
     Also returns whether something that was allowed differs: (list, bool).
     """
     free = {f.name for f in dataclasses.fields(TrainConfig) if f.metadata["may_change"]}
     free_by_request = {name.strip() for name in allowed.split(",")}
     found, changed = [], False
     for section in sorted(saved.keys() | now.keys()):
-        old, new = saved.get(section, {}), now.get(section, {})
-        for field in sorted(old.keys() | new.keys()):
-            name = field if section == "train" else f"{section}.{field}"
-            if name in free or old.get(field) == new.get(field):
+        prefix = "" if section == "train" else f"{section}."
+        old, new = (_flat(side.get(section, {}), prefix) for side in (saved, now))
+        for name in sorted(old.keys() | new.keys()):
+            if name in free or old.get(name) == new.get(name):
                 continue
-            if name in free_by_request:
+            parts = name.split(".")
+            if free_by_request & {".".join(parts[:n]) for n in range(1, len(parts) + 1)}:
                 changed = True
             else:
-                found.append(f"{name} is {new.get(field)!r}, was {old.get(field)!r}")
+                found.append(f"{name} is {new.get(name)!r}, was {old.get(name)!r}")
     return found, changed
+
+
+def _flat(values, prefix):
+    """A dict of dicts as one, with the names joined by dots."""
+    flat = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
 
 
 def _canonical_rates(value):

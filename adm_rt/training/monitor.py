@@ -203,7 +203,7 @@ class Monitor:
 
 
 class _Table:
-    """A CSV file that grows by rows; its columns are those of its first row."""
+    """A CSV file that grows by rows, and by columns when a row has more than those before it."""
 
     def __init__(self, path):
         self.path = path
@@ -221,21 +221,29 @@ class _Table:
             self.columns = None
             self.path.unlink()
             return
-        text = io.StringIO()
-        writer = csv.DictWriter(text, self.columns, extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(row for row in rows if int(row["step"]) <= step)
-        write_aside(self.path, text.getvalue().encode())
+        self._rewrite(row for row in rows if int(row["step"]) <= step)
 
     def append(self, row):
         new = self.columns is None
         if new:
             self.columns = list(row)
+        elif not row.keys() <= set(self.columns):  # the first updates were skipped, say
+            with open(self.path, newline="") as file:
+                rows = list(csv.DictReader(file))
+            self.columns = [*row, *(name for name in self.columns if name not in row)]
+            self._rewrite(rows)
         with open(self.path, "a", newline="") as file:
             writer = csv.DictWriter(file, self.columns, restval="", extrasaction="ignore")
             if new:
                 writer.writeheader()
             writer.writerow({k: _cell(v) for k, v in row.items()})
+
+    def _rewrite(self, rows):
+        text = io.StringIO()
+        writer = csv.DictWriter(text, self.columns, restval="", extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_aside(self.path, text.getvalue().encode())
 
 
 def plot_losses(log, path):

@@ -65,8 +65,9 @@ def train(
     - what: "diffusion", "classifier" or "upsampler". data: what ``adm_rt.data.open_dataset`` takes.
     - init: fine-tune these weights (zoo name, folder, ``.pt``); see ``fine_tuning.with_classes``.
       preset: take the model flags of a released model (with init: of the ``.pt``).
-    - callback(step, values): after every update, with the batch's mean losses by name; returning
-      False ends the run, with a checkpoint and a final model.
+    - callback(step, values): after every update, with the batch's mean losses by name (those of an
+      update that was skipped may not be finite); returning False ends the run, with a checkpoint
+      and a final model.
     - val_data, val_images: of a classifier's validation; sample_count, sample_steps: of the grids
       of samples; both every ``sample_interval`` updates (None: every save_interval; 0: never).
     - class_cond: None uses labels if the data have them. num_classes: None counts them.
@@ -117,6 +118,9 @@ def train(
             class_cond=True if what == "classifier" else class_cond,
             num_classes=num_classes,
         )
+        if class_dropout and dataset.num_classes is None:
+            why = "class_cond=False" if class_cond is False else f"{dataset.name} has none"
+            raise ValueError(f"class_dropout={class_dropout} needs labels: {why}. Set it to 0.")
         classes = {"class_cond": what != "classifier" and dataset.num_classes is not None}
         classes |= {"num_classes": dataset.num_classes, "null_class": null_class}
         with torch.random.fork_rng(devices=[]):

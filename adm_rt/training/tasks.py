@@ -82,6 +82,8 @@ class DiffusionTask:
                 f"class_dropout={class_dropout} needs class_cond=True and num_classes, the number "
                 "of the null class; set it to 0 for a model without classes."
             )
+        if snr_weight:
+            losses.check_snr_weight(diffusion)
         self.diffusion = diffusion
         self.data = data
         self.class_cond = class_cond

@@ -165,8 +165,8 @@ class Trainer:
     # ---- one update ----
 
     def _update(self):
-        """One update: (values [batch] by name with "t", scalars), the first empty when it was
-        skipped, (None, None) when a process wants to stop instead."""
+        """One update: (values [batch] by name with "t", scalars); (None, None) when a process wants
+        to stop instead."""
         config, world = self.config, self.processes.world_size
         rank = self.processes.rank
         batch = self.task.batch(self.step, rank, world)
@@ -204,7 +204,7 @@ class Trainer:
         scalars["skipped"] = float(self.skipped)
         if config.precision == "fp16":
             scalars["loss_scale"] = self.loss_scale.factor
-        return per_image if good else {}, scalars
+        return per_image, scalars
 
     def _backward(self, batch, counts):
         """Add the gradients of this process's share; its values by name, float64 [n]."""
@@ -293,7 +293,8 @@ class Trainer:
 
     def _report(self, per_image, scalars):
         with self._room_for_logs():
-            self.monitor.record(self.step, per_image, scalars)
+            # What a skipped update saw does not belong into the means of the log.
+            self.monitor.record(self.step, {} if self.bad_in_a_row else per_image, scalars)
         if self.callback is not None:
             means = {k: float(v.mean()) for k, v in per_image.items() if k not in _OTHERS}
             if self.callback(self.step, {**means, **scalars}) is False:

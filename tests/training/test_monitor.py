@@ -82,6 +82,20 @@ def test_skipped_updates_and_infinite_numbers_leave_valid_rows(tmp_path):
     assert row["grad_norm"] is None and row["skipped"] == 2
 
 
+def test_losses_after_skipped_updates_get_their_columns(tmp_path):
+    """With fp16 the first updates are skipped until the scale fits, and have no losses."""
+    monitor = Monitor(tmp_path, Config(log_interval=1), 100, progress=False, tensorboard=False)
+    monitor.start(0)
+    monitor.record(1, {}, {"grad_norm": math.inf, "skipped": 1})
+    monitor.record(2, {"loss": torch.ones(4), "t": T}, {"grad_norm": 0.5, "skipped": 1})
+    monitor.record(3, {}, {"grad_norm": math.inf, "skipped": 2})
+    monitor.close()
+    rows = table(tmp_path / "log.csv")
+    assert [row["loss"] for row in rows] == ["", "1.0", ""]
+    assert [row["loss_q0"] for row in rows] == ["", "1.0", ""]
+    assert [row["skipped"] for row in rows] == ["1.0", "1.0", "2.0"]
+
+
 def test_the_plot_is_a_picture(tmp_path):
     pytest.importorskip("matplotlib")
     run(tmp_path, 6).close()

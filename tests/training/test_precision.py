@@ -1,6 +1,7 @@
 """Low precision, loss scaling, skipped updates, microbatches, clipping, recomputation."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -70,14 +71,23 @@ def test_a_bad_update_changes_nothing_and_is_counted(tmp_path):
     trainer = warmed(tiny_trainer(tmp_path, schedule_sampler="loss-second-moment"))
     before = copy.deepcopy(trainer._tensors())
     with poisoned(trainer, lambda step: True):
-        per_image, scalars = trainer._update()
-    assert per_image == {} and scalars["skipped"] == 1
+        _, scalars = trainer._update()
+    assert scalars["skipped"] == 1
     assert (trainer.step, trainer.skipped, trainer.bad_in_a_row) == (3, 1, 1)
     assert_same_bits(before, trainer._tensors())
     expected = gradients(trainer)
     trainer._update()
     assert (trainer.skipped, trainer.bad_in_a_row) == (1, 0)
     assert_same_bits(expected, {name: p.grad for name, p in trainer.parameters.items()})
+
+
+def test_a_skipped_update_is_told_with_its_losses_and_not_logged(tmp_path):
+    told = []
+    trainer = tiny_trainer(tmp_path, iterations=3, callback=lambda *values: told.append(values))
+    with poisoned(trainer, lambda step: step == 1):
+        trainer.run()
+    assert [math.isnan(values["loss"]) for _, values in told] == [False, True, False]
+    assert [bool(per_image) for _, per_image, _ in trainer.monitor.rows] == [True, False, True]
 
 
 def test_twenty_bad_updates_in_a_row_stop_and_nineteen_do_not(tmp_path):

@@ -131,7 +131,7 @@ def test_snr_weight_weighs_the_error_of_x0():
     torch.testing.assert_close(got["loss"], weight * got["mse"] + got["vb"])
     torch.testing.assert_close(plain["loss"], got["mse"] + got["vb"])
     with pytest.raises(ValueError, match="snr_weight is for the mse of x0; .* eps"):
-        losses_of(DiffusionTask(DIFFUSION, Images(), False, snr_weight=True), Recorder())
+        DiffusionTask(DIFFUSION, Images(), False, snr_weight=True)
 
 
 def test_upsampler_sees_the_area_mean():
@@ -187,8 +187,10 @@ def test_class_dropout_needs_classes(options):
 
 
 def test_descriptions_tell_runs_apart():
+    clean = Diffusion(predict_xstart=True)
+
     def describe(**options):
-        return DiffusionTask(DIFFUSION, Images(), True, num_classes=5, **options).describe()
+        return DiffusionTask(clean, Images(), True, num_classes=5, **options).describe()
 
     assert describe() == describe() != describe(class_dropout=0.1)
     assert describe() != describe(noise_jitter=0.1)

@@ -73,6 +73,16 @@ def test_differences_name_fields_that_may_not_differ():
     assert differences(one, one, "lr") == ([], False)
 
 
+def test_a_difference_deep_inside_is_named_alone():
+    one = {"task": {"data": {"set": {"num_images": 24, "seed": 1}, "shuffle": True}}}
+    other = {"task": {"data": {"set": {"num_images": 9, "seed": 1}, "shuffle": True}}}
+    found, _ = differences(one, other)
+    assert found == ["task.data.set.num_images is 9, was 24"]
+    for allowed in ("task.data.set.num_images", "task.data"):
+        assert differences(one, other, allowed) == ([], True)
+    assert differences(one, other, "task.da")[0] == found
+
+
 def test_several_averages_follow_the_published_rule_without_the_ramp():
     weights = {"w": torch.zeros(3)}
     ema = Ema(weights, {"0.9": 0.9, "0.5": 0.5}, ramp=False)

@@ -27,10 +27,11 @@ def read_initial(source, what, preset=None, **flags):
 def with_classes(network, class_cond, num_classes, null_class=False):
     """``network`` made ready to train on other classes, and what of it is new: (module, lines).
 
-    Where it has another number of rows, ``label_emb`` starts with every row at the mean of the old
-    rows (at zero, if there were none), so that the network first does what it did for an average
-    class; a classifier's last layer starts at random, from torch's generator. All else is kept. A
-    null class that is there stays. num_classes is not looked at when there are no classes.
+    For another number of classes ``label_emb`` starts with every row at the mean of the old rows
+    (at zero, if there were none), so that the network first does what it did for an average class;
+    a null class that is added to the same classes starts there too, and theirs are kept. A
+    classifier's last layer starts at random, from torch's generator. All else is kept. A null
+    class that is there stays. num_classes is not looked at when there are no classes.
 
     Raises ValueError for a class-conditional network and class_cond=False.
     """
@@ -53,12 +54,16 @@ def with_classes(network, class_cond, num_classes, null_class=False):
     new = build(config)
     state, remarks, fresh = network.state_dict(), [], new.state_dict()
     for name, value in fresh.items():
-        if name in state and state[name].shape == value.shape:
-            fresh[name] = state[name]
-        elif name == "label_emb.weight":
+        if name == "label_emb.weight":
             fresh[name] = _embedding(state.get(name), value)
-            rows = f"it had {len(state[name])}" if name in state else "it had none"
-            remarks.append(f"label_emb is new: {len(value)} rows ({rows})")
+            if old.class_cond and old.num_classes == num_classes:
+                fresh[name][:num_classes] = state[name][:num_classes]
+                remarks.append(f"label_emb has a new row, the null class ({num_classes})")
+            else:
+                rows = f"it had {len(state[name])}" if name in state else "it had none"
+                remarks.append(f"label_emb is new: {len(value)} rows ({rows})")
+        elif name in state and state[name].shape == value.shape:
+            fresh[name] = state[name]
         elif old.kind == "classifier" and name.startswith("out.") and len(value) == num_classes:
             if name.endswith(".weight"):
                 remarks.append(

@@ -45,10 +45,20 @@ def test_classes_for_an_unconditional_model_leave_its_output(noisy):
 
 
 def test_a_null_class_is_added_and_stays(noisy):
-    new, _ = with_classes(tiny_network(), True, 5, null_class=True)
-    assert new.cfg.null_class and len(new.label_emb.weight) == 6
+    old = tiny_network().label_emb.weight.detach()
+    new, remarks = with_classes(tiny_network(), True, 5, null_class=True)
+    assert new.cfg.null_class and remarks == ["label_emb has a new row, the null class (5)"]
+    torch.testing.assert_close(new.label_emb.weight, torch.cat([old, old.mean(0, True)]))
     again, remarks = with_classes(new, True, 5)
     assert again is new and not remarks
+
+
+def test_a_null_class_does_not_take_the_row_of_a_lost_class():
+    """Five classes, and four with a null class: as many rows."""
+    old = tiny_network().label_emb.weight.detach()
+    new, remarks = with_classes(tiny_network(), True, 4, null_class=True)
+    assert remarks == ["label_emb is new: 5 rows (it had 5)"]
+    torch.testing.assert_close(new.label_emb.weight.detach(), old.mean(0).expand(5, -1))
 
 
 @pytest.mark.parametrize("pool", ["attention", "adaptive", "spatial", "spatial_v2"])

@@ -152,7 +152,8 @@ def _add_training(command, what):
         )
         _add_field(group, names, kind, help_line, shown, required)
     # guided-diffusion's names for what has another one here
-    add(group, "--use-fp16", type=boolean, metavar="BOOL", help="the same as --precision fp16")
+    names = ["--use-fp16"] + ["--classifier-use-fp16"] * (what == "classifier")
+    add(group, *names, type=boolean, metavar="BOOL", help="the same as --precision fp16")
     if what == "classifier":
         add(
             group,

@@ -2,7 +2,7 @@
 
 All randomness is keyed on (seed, step, image) or, for dropout, on (seed, step, rank, microbatch),
 and a checkpoint holds the whole state, so a run that was stopped and continued gives the weights of
-an uninterrupted one: bit for bit on the CPU with as many processes.
+an uninterrupted one: bit for bit on the CPU with as many threads and processes.
 """
 
 import contextlib

@@ -201,10 +201,11 @@ def test_guided_diffusions_flags():
         *"--weight_decay 0.05 --image_size 128 --classifier_attention_resolutions 32,16,8".split(),
         *"--classifier_depth 2 --classifier_width 128 --classifier_pool attention".split(),
         *"--classifier_resblock_updown True --classifier_use_scale_shift_norm True".split(),
-        *"--eval_interval 5".split(),
+        *"--eval_interval 5 --classifier_use_fp16 True".split(),
     )
     assert values["num_channels"] == 128 and values["pool"] == "attention"
     assert values["val_data"] == "v" and values["sample_interval"] == 5
+    assert values["use_fp16"] is True
 
 
 def test_flags_with_other_names_mean_the_same(tmp_path, monkeypatch):

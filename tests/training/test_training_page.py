@@ -45,6 +45,8 @@ def test_flags_that_are_named_are_there(capsys):
         "--classifier",
         "--nproc_per_node",
         "--timestep-respacing",
+        "--timestep_respacing",  # of which the page says that it is refused
+        "--noised",
         "--help",
     }
     for flag in set(re.findall(r"`(--[\w-]+)", prose)) - elsewhere:

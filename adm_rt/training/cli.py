@@ -121,7 +121,9 @@ def _add_data(command, what):
         metavar="BOOL",
         help="weigh the error of x0 by its signal-to-noise ratio, with --predict-xstart (no)",
     )
-    add(command, "--sample-count", type=int, metavar="N", help="images in a grid of samples (16)")
+    count = "8" if what == "upsampler" else "16"
+    words = f"images in a grid of samples ({count})"
+    add(command, "--sample-count", type=int, metavar="N", help=words)
     add(command, "--sample-steps", type=int, metavar="N", help="steps they are made in (25)")
 
 

@@ -27,7 +27,7 @@ from adm_rt.training.plan import memory_bytes, plan_lines
 from adm_rt.training.tasks import ClassifierTask, DiffusionTask, UpsamplerTask
 from adm_rt.training.trainer import Trainer
 
-_TRUTH_IMAGES = 8  # columns of an upsampler's grid
+_SAMPLES = {"diffusion": 16, "upsampler": 8}  # of a grid; an upsampler's are one row
 
 
 def train(
@@ -42,7 +42,7 @@ def train(
     progress=True,
     val_data=None,
     val_images=1000,
-    sample_count=16,
+    sample_count=None,
     sample_steps=25,
     sample_interval=None,
     class_cond=None,
@@ -69,7 +69,8 @@ def train(
       update that was skipped may not be finite); returning False ends the run, with a checkpoint
       and a final model.
     - val_data, val_images: of a classifier's validation; sample_count, sample_steps: of the grids
-      of samples; both every ``sample_interval`` updates (None: every save_interval; 0: never).
+      of samples (None: 16, of an upsampler 8); both every ``sample_interval`` updates (None: every
+      save_interval; 0: never).
     - class_cond: None uses labels if the data have them. num_classes: None counts them.
       class_dropout: the share of labels replaced by the null class, for classifier-free guidance.
       noise_jitter, snr_weight: see ``tasks.DiffusionTask``.
@@ -238,13 +239,16 @@ def _evaluations(cfg, task, config, dataset, val_data, sample_count, sample_step
             class_names=dataset.class_names,
         )
         return [Validation(held_out, task.diffusion, cfg.num_classes, val_images)]
-    if sample_count < 1:
-        raise ValueError(
-            f"sample_count={sample_count} must be at least 1; sample_interval=0 makes no grids."
-        )
+    if sample_count is None:
+        sample_count = _SAMPLES[cfg.kind]
+    for name, value in (("sample_count", sample_count), ("sample_steps", sample_steps)):
+        if value < 1:
+            raise ValueError(
+                f"{name}={value} must be at least 1; sample_interval=0 makes no grids."
+            )
     truth, labels = None, None
     if cfg.kind == "upsampler":
-        count = min(_TRUTH_IMAGES, dataset.num_images or _TRUTH_IMAGES)
+        count = min(sample_count, dataset.num_images or sample_count)
         truth, labels = dataset.get_many(range(count), range(count))
     return [
         SampleGrid(

@@ -78,8 +78,8 @@ def test_the_command_writes_a_model_that_loads(tmp_path, what, capsys):
     else:
         pictures = sorted((out / "samples").iterdir())
         assert [p.name for p in pictures] == ["step_0000002.png", "step_0000003.png"]
-        with Image.open(pictures[0]) as image:  # 2 x 2 samples, or 8 columns of 3 rows
-            assert image.size == ((134, 134) if what == "diffusion" else (530, 200))
+        with Image.open(pictures[0]) as image:  # 2 x 2 samples, or 4 columns of 3 rows
+            assert image.size == ((134, 134) if what == "diffusion" else (266, 200))
 
 
 def test_what_is_trained_is_what_sample_reads(tmp_path):
@@ -248,6 +248,7 @@ def test_iterations_and_out_are_required(what, capsys):
         ("diffusion", {"iterations": 0}, "iterations=0"),
         ("diffusion", {"random_flip": True}, "random_flip"),
         ("diffusion", {"sample_interval": 1, "sample_count": 0}, "sample_count=0"),
+        ("diffusion", {"sample_interval": 1, "sample_steps": 0}, "sample_steps=0"),
     ],
     ids=str,
 )

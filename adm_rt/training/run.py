@@ -10,6 +10,7 @@ import torch
 
 from adm_rt import models
 from adm_rt.data import BatchStream, open_dataset
+from adm_rt.data.folder import ImageFolder
 from adm_rt.diffusion import Diffusion
 from adm_rt.models.config import (
     CLASSIFIER_ALIASES,
@@ -76,7 +77,7 @@ def train(
       noise_jitter, snr_weight: see ``tasks.DiffusionTask``.
     - data_seed: of the order and of glyphs. random_crop, random_flip: None is as published (flips;
       crops for classifiers), and neither for glyphs and digits. on_bad, class_from, exif_rotation,
-      workers: see adm_rt.data.
+      workers: see adm_rt.data; the first three hold for val_data, too.
     - export_dtype: of the weights in the final folders.
     - flags: fields of ``TrainConfig`` (lr, batch_size, ...) and of ``ModelConfig``
       (num_channels, ...), which hold guided-diffusion's names.
@@ -138,8 +139,13 @@ def train(
         task.batch(0, processes.rank, processes.world_size)  # bad data show before anything else
         evaluations = []
         if config.sample_interval and processes.is_main:
-            counts = (sample_count, sample_steps, val_images)
-            evaluations = _evaluations(cfg, task, config, dataset, val_data, *counts)
+            if what == "classifier":
+                reading = {"on_bad": on_bad}
+                if isinstance(dataset, ImageFolder) and _is_folder(val_data):
+                    reading |= {"class_from": class_from, "exif_rotation": exif_rotation}
+                evaluations = [_validation(cfg, task, dataset, val_data, val_images, reading)]
+            else:
+                evaluations = [_grid(cfg, task, config, dataset, sample_count, sample_steps)]
         monitor = Monitor(
             config.out,
             config,
@@ -229,16 +235,23 @@ def _task(cfg, stream, **options):
     return DiffusionTask(diffusion, stream, cfg.class_cond, **options)
 
 
-def _evaluations(cfg, task, config, dataset, val_data, sample_count, sample_steps, val_images):
-    if cfg.kind == "classifier":
-        held_out = open_dataset(
-            val_data,
-            cfg.image_size,
-            class_cond=True,
-            num_classes=cfg.num_classes,
-            class_names=dataset.class_names,
-        )
-        return [Validation(held_out, task.diffusion, cfg.num_classes, val_images)]
+def _is_folder(spec):
+    return isinstance(spec, (str, os.PathLike)) and os.path.isdir(os.path.expanduser(spec))
+
+
+def _validation(cfg, task, dataset, val_data, val_images, reading):
+    held_out = open_dataset(
+        val_data,
+        cfg.image_size,
+        class_cond=True,
+        num_classes=cfg.num_classes,
+        class_names=dataset.class_names,
+        **reading,
+    )
+    return Validation(held_out, task.diffusion, cfg.num_classes, val_images)
+
+
+def _grid(cfg, task, config, dataset, sample_count, sample_steps):
     if sample_count is None:
         sample_count = _SAMPLES[cfg.kind]
     for name, value in (("sample_count", sample_count), ("sample_steps", sample_steps)):
@@ -250,17 +263,15 @@ def _evaluations(cfg, task, config, dataset, val_data, sample_count, sample_step
     if cfg.kind == "upsampler":
         count = min(sample_count, dataset.num_images or sample_count)
         truth, labels = dataset.get_many(range(count), range(count))
-    return [
-        SampleGrid(
-            config.out,
-            cfg,
-            task.diffusion,
-            sample_count,
-            sample_steps,
-            truth=truth,
-            truth_labels=labels,
-        )
-    ]
+    return SampleGrid(
+        config.out,
+        cfg,
+        task.diffusion,
+        sample_count,
+        sample_steps,
+        truth=truth,
+        truth_labels=labels,
+    )
 
 
 def _export(final, cfg, weights, dtype, dataset):

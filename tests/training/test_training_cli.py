@@ -130,6 +130,22 @@ def test_validation_numbers_classes_as_training_does(tmp_path):
     assert seen == [2]
 
 
+def test_validation_reads_files_as_training_does(tmp_path):
+    for name in ("a_1", "b_1"):  # the sub-folder is not the class
+        for part in ("train", "held"):
+            (tmp_path / part / "x").mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (8, 8)).save(tmp_path / part / "x" / f"{name}.png")
+    (tmp_path / "held" / "x" / "b_2.png").write_bytes(b"no image")
+    flags = options("classifier", iterations=1, out=tmp_path / "run", progress=False)
+    flags |= {"val_data": tmp_path / "held", "class_from": "prefix"}
+    with pytest.raises(DataError, match="b_2.png: not an image"):
+        train("classifier", tmp_path / "train", **flags)
+    flags["out"] = tmp_path / "other"
+    with pytest.warns(RuntimeWarning, match="skipped .*b_2.png"):
+        train("classifier", tmp_path / "train", on_bad="skip", **flags)
+    assert rows(tmp_path / "other" / "evaluation.csv")
+
+
 def test_a_run_in_out_is_continued(tmp_path):
     def run(name, iterations, **more):
         flags = options("diffusion", iterations=iterations, out=tmp_path / name, **more)

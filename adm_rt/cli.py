@@ -96,7 +96,8 @@ def _import(name, module):
 def _one_line(error):
     text = " ".join(str(error).split())
     if isinstance(error, MemoryError):
-        return "out of memory; use a smaller --batch-size"
+        advice = "" if "batch_size" in text else "; use a smaller --batch-size"
+        return f"out of memory{text and f': {text}'}{advice}"
     return text or type(error).__name__
 
 

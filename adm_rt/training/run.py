@@ -12,6 +12,7 @@ from adm_rt import models
 from adm_rt.data import BatchStream, open_dataset
 from adm_rt.data.folder import ImageFolder
 from adm_rt.diffusion import Diffusion
+from adm_rt.engines.memory import require_memory
 from adm_rt.models.config import (
     CLASSIFIER_ALIASES,
     KINDS,
@@ -84,7 +85,8 @@ def train(
 
     Returns the folder of the final model, ``<out>/final``, the average of the first ``ema_rate``;
     those of others are in ``<out>/final_ema_<rate>``. Raises ValueError or TypeError for an
-    argument, DataError, CheckpointError, NonFiniteError (20 updates in a row), ProcessLostError.
+    argument, MemoryError for a batch that does not fit, DataError, CheckpointError, NonFiniteError
+    (20 updates in a row), ProcessLostError.
     """
     if what not in KINDS:
         raise ValueError(f"what={what!r} is not known; allowed: {', '.join(KINDS)}.")
@@ -134,6 +136,12 @@ def train(
                 network = models.build(_new_config(what, preset, model_flags, classes))
                 remarks = [] if preset is None else [f"preset: {preset}"]
         cfg = network.cfg
+        share = -(-config.batch_size // processes.world_size)
+        require_memory(
+            4 * share * cfg.in_channels * cfg.image_size**2,
+            f"batch_size={config.batch_size}: a process's images as float32",
+            "; make it smaller",
+        )
         stream = BatchStream(dataset, config.batch_size, data_seed, workers=workers)
         task = _task(cfg, stream, **denoising)
         task.batch(0, processes.rank, processes.world_size)  # bad data show before anything else

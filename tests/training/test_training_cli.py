@@ -262,6 +262,7 @@ def test_iterations_and_out_are_required(what, capsys):
         ("upsampler", {"image_size": 8}, "image_size: an upsampler"),
         ("upsampler", {"small_size": 9}, "small_size=9"),
         ("diffusion", {"iterations": 0}, "iterations=0"),
+        ("diffusion", {"batch_size": 10**12}, "batch_size=1000000000000.*make it smaller"),
         ("diffusion", {"random_flip": True}, "random_flip"),
         ("diffusion", {"sample_interval": 1, "sample_count": 0}, "sample_count=0"),
         ("diffusion", {"sample_interval": 1, "sample_steps": 0}, "sample_steps=0"),
@@ -271,7 +272,7 @@ def test_iterations_and_out_are_required(what, capsys):
 def test_bad_arguments_are_named_before_anything_is_written(tmp_path, what, change, said):
     flags = options(what if what in SIZE else "diffusion")
     values = {"data": "digits", "iterations": 1, "out": tmp_path / "run", **flags, **change}
-    with pytest.raises((ValueError, TypeError), match=said):
+    with pytest.raises((ValueError, TypeError, MemoryError), match=said):
         train(what, **values)
     assert not (tmp_path / "run").exists()
 

@@ -16,7 +16,7 @@ import adm_rt
 from adm_rt import SampleResult
 from adm_rt.cli import COMMANDS, build_parser, main
 from adm_rt.commands.info import build_report
-from adm_rt.commands.sample import parse_classes, sample_arguments
+from adm_rt.commands.sample import default_outputs, parse_classes, sample_arguments
 from adm_rt.models import save_model
 from adm_rt.models.checkpoint import convert, read_info
 
@@ -34,11 +34,50 @@ def parse(*arguments):
 # ---- sample ----
 
 
+def default_stem(*arguments):
+    args = parse(*arguments)
+    return default_outputs(args, sample_arguments(args))[0].stem
+
+
+def test_default_names_differ_where_the_images_do():
+    runs = (
+        "",
+        "--classes A",
+        "--classes A,B",
+        "--classes a,b",
+        "--classes 1,-2",
+        f"--classes {','.join('ABCDEFGHIJKLMNOPQRSTUVWXYZ')}",
+        f"--classes {','.join('ABCDEFGHIJKLMNOPQRSTUVWXYA')}",
+        "--seed 1",
+        "--seeds 1,2",
+        "--seeds 1,3",
+        "--steps 10",
+        "--steps 90,60,60,20,20",
+        "--sampler ddim",
+        "--sampler ddim --eta 0.5",
+        "--guidance-scale 0",
+        "--guidance-interval all",
+        "--guidance-interval 0,500",
+        "--guidance-every 2",
+        "--cfg-scale 1.5",
+        "--thresholding dynamic",
+        "--upsampler glyphs64_upsampler",
+        "--upsampler glyphs64_upsampler --upsampler-steps 5",
+        "--upsampler glyphs64_upsampler --upsampler-sampler ddim",
+    )
+    stems = [default_stem(*run.split()) for run in runs]
+    assert stems[0] == "glyphs32_steps25_seed0" and stems[2] == "glyphs32_steps25_classA-B_seed0"
+    assert len(set(stems)) == len(runs)
+    for stem in stems:
+        assert len(stem) < 120 and re.fullmatch(r"[A-Za-z0-9_.-]+", stem), stem
+    assert default_stem("--classes", "é/x").startswith("glyphs32_steps25_class-")
+
+
 def test_sample_writes_a_grid_and_an_npz_and_says_where(tiny_folder, workplace, capsys):
     command = ["sample", "--model", str(tiny_folder), "-n", "4", "--steps", "2", "--classes", "A,C"]
     assert main(command) == 0
     out, err = capsys.readouterr()
-    names = ["tiny_steps2_seed0.npz", "tiny_steps2_seed0.png"]
+    names = ["tiny_steps2_classA-C_seed0.npz", "tiny_steps2_classA-C_seed0.png"]
     assert sorted(os.listdir("samples")) == names
     for name in names:
         assert f"samples/{name}" in out

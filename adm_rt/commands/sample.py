@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
 import sys
 import time
 from pathlib import Path
@@ -9,6 +11,7 @@ from pathlib import Path
 from adm_rt.commands import flags
 
 _COUNT_HELP = "how many (default: one per seed or class of a given list, else 16)"
+_LONGEST_WORD = 32  # of a default file name
 MAX_DEFAULT_GRID = 100  # more images than this are written as .npz only
 
 
@@ -154,19 +157,43 @@ def sample_arguments(args):
 
 
 def default_outputs(args, request):
-    """samples/<model>_<what makes it different>.png and .npz."""
+    """samples/<model>_<what makes it different>.png and .npz.
+
+    Requests that differ in anything but the number of images have different names.
+    """
     from adm_rt.locate import display_name
 
-    scale = request["guidance_scale"]
+    interval = request["guidance_interval"]
     words = [
         display_name(args.model),
         "" if request["sampler"] == "auto" else request["sampler"],
-        f"steps{request['steps'] or 'all'}".replace(",", "-"),
-        "" if scale is None else f"scale{scale:g}",
-        f"seed{args.seed}" if args.seeds is None else "seeds",
+        _word("steps", request["steps"] or "all"),
+        _word("scale", request["guidance_scale"]),
+        _word("interval", "all" if interval is None else interval, unless="auto"),
+        _word("every", request["guidance_every"], unless=1),
+        _word("cfg", request["cfg_scale"]),
+        _word("eta", request["eta"], unless=0),
+        _word("threshold-", request["thresholding"], unless="static"),
+        _word("class", args.classes),
+        _word("up-", args.upsampler and display_name(args.upsampler)),
+        _word("upsteps", request["upsampler_steps"]),
+        _word("up-", request["upsampler_sampler"]),
+        f"seed{args.seed}" if args.seeds is None else _word("seeds", args.seeds),
     ]
     stem = "_".join(word for word in words if word)
     return [Path("samples") / f"{stem}.png", Path("samples") / f"{stem}.npz"]
+
+
+def _word(name, value, unless=None):
+    """name and value as a part of a file name, a hash in place of what is long or has other signs
+    than a name should have; "" for ``unless`` and None."""
+    if value is None or value == unless:
+        return ""
+    text = f"{value:g}" if isinstance(value, float) else str(value)
+    word = name + re.sub(r"[, ()]+", "-", text).strip("-")
+    if len(word) > _LONGEST_WORD or re.search(r"[^A-Za-z0-9_., ()]", text):
+        word = f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    return word
 
 
 def parse_classes(text, class_names):

@@ -34,6 +34,21 @@ def parse(*arguments):
 # ---- sample ----
 
 
+def test_ctrl_c_between_two_files_says_which_is_there(tiny_folder, workplace, capsys, monkeypatch):
+    real = SampleResult.save
+
+    def save(self, path):
+        if str(path).endswith(".npz"):
+            raise KeyboardInterrupt
+        return real(self, path)
+
+    monkeypatch.setattr(SampleResult, "save", save)
+    assert main(["sample", "--model", str(tiny_folder), "-n", "2", "--steps", "2"]) == 130
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == "adm-rt: interrupted; written: samples/tiny_steps2_seed0.png"
+    assert os.listdir("samples") == ["tiny_steps2_seed0.png"]
+
+
 def default_stem(*arguments):
     args = parse(*arguments)
     return default_outputs(args, sample_arguments(args))[0].stem

@@ -112,11 +112,21 @@ def run(args):
         request["classes"] = parse_classes(request["classes"], pipeline.class_names)
     start = time.perf_counter()
     result = pipeline(**request, progress=not args.quiet)
-    seconds = time.perf_counter() - start
-    for output in outputs:
-        result.save(output)
-    where = " and ".join(str(path) for path in outputs)
-    print(f"adm-rt: {len(result)} images in {seconds:.1f} s -> {where}")
+    save(result, outputs, time.perf_counter() - start)
+
+
+def save(result, outputs, seconds):
+    """Write ``result`` to all of ``outputs`` and say so; Ctrl-C between two says what is there."""
+    written = []
+    try:
+        for output in outputs:
+            result.save(output)
+            written.append(str(output))
+    except KeyboardInterrupt:
+        if not written:
+            raise
+        raise KeyboardInterrupt(f"interrupted; written: {' and '.join(written)}") from None
+    print(f"adm-rt: {len(result)} images in {seconds:.1f} s -> {' and '.join(written)}")
 
 
 _EARLY = ("steps", "sampler", "guidance_scale", "batch_size", "seed", "num_images")

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 from adm_rt.commands import flags
-from adm_rt.commands.sample import MAX_DEFAULT_GRID, parse_classes
+from adm_rt.commands.sample import MAX_DEFAULT_GRID, parse_classes, save
 
 
 def add_arguments(parser):
@@ -71,11 +71,7 @@ def run(args):
         batch_size=args.batch_size,
         progress=not args.quiet,
     )
-    seconds = time.perf_counter() - start
-    for output in outputs:
-        result.save(output)
-    where = " and ".join(str(path) for path in outputs)
-    print(f"adm-rt: {len(result)} images in {seconds:.1f} s -> {where}")
+    save(result, outputs, time.perf_counter() - start)
 
 
 def default_outputs(source, count):

@@ -6,6 +6,7 @@
 #include "common/thread_pool.h"
 #include "engine/op.h"
 #include "engine/ops/attention_kernels.h"
+#include "engine/ops/attention_probabilities.h"
 #include "engine/ops/thread_scratch.h"
 
 namespace adm_rt::engine {
@@ -15,10 +16,9 @@ namespace {
 constexpr int64_t kBlocksPerTask = 4;
 
 // Input qkv {.., .., 3 * heads * d}, T pixels. Output y {.., .., heads * d} with the first Tq <= T
-// pixels. Optional output p {heads, T, R}, R a multiple of 16 and at least Tq: the probabilities by
-// key and query, for attention_backward, zero behind the last query. Attributes: heads; order 0
-// (legacy: channel head * 3d + {q, k, v} * d + i) or 1 (new: channel {q, k, v} * heads * d +
-// head * d + i), as in the released checkpoints.
+// pixels. Optional output p: attention_probabilities.h. Attributes: heads; order 0 (legacy: channel
+// head * 3d + {q, k, v} * d + i) or 1 (new: channel {q, k, v} * heads * d + head * d + i), as in
+// the released checkpoints.
 class Attention : public Op {
  public:
   explicit Attention(const OpArguments& arguments)
@@ -41,12 +41,7 @@ class Attention : public Op {
     ADM_RT_CHECK(queries_ >= 1 && queries_ <= keys_, "attention: y has ", queries_,
                  " positions, which is not in [1, ", keys_, "]");
     if (p_ >= 0) {
-      const Shape& p = arguments.output_shape(p_);
-      ADM_RT_CHECK(
-          p.height == heads_ && p.width == keys_ && p.channels % 16 == 0 && p.channels >= queries_,
-          "attention: p is ", to_string(p), ", not ", heads_, "x", keys_,
-          "xR, R a multiple of 16 and at least ", queries_);
-      p_row_ = p.channels;
+      p_row_ = probability_row("attention", arguments.output_shape(p_), heads_, keys_, queries_);
     }
   }
 
@@ -116,4 +111,14 @@ class Attention : public Op {
 ADM_RT_ENGINE_OP("attention", Attention);
 
 }  // namespace
+
+int64_t probability_row(const char* op, const Shape& p, int64_t heads, int64_t keys,
+                        int64_t queries) {
+  ADM_RT_CHECK(
+      p.height == heads && p.width == keys && p.channels % 16 == 0 && p.channels >= queries, op,
+      ": p is ", to_string(p), ", not ", heads, "x", keys, "xR, R a multiple of 16 and at least ",
+      queries);
+  return p.channels;
+}
+
 }  // namespace adm_rt::engine

@@ -8,6 +8,7 @@
 #include "common/thread_pool.h"
 #include "engine/op.h"
 #include "engine/ops/attention_backward_kernels.h"
+#include "engine/ops/attention_probabilities.h"
 #include "engine/ops/thread_scratch.h"
 
 namespace adm_rt::engine {
@@ -47,12 +48,8 @@ class AttentionBackward : public Op {
     channels_ = grad.channels;
     ADM_RT_CHECK(queries_ >= 1 && queries_ <= keys_, "attention_backward: grad has ", queries_,
                  " positions, which is not in [1, ", keys_, "]");
-    const Shape& p = arguments.input_shape(p_);
-    ADM_RT_CHECK(
-        p.height == heads_ && p.width == keys_ && p.channels % 16 == 0 && p.channels >= queries_,
-        "attention_backward: p is ", to_string(p), ", not ", heads_, "x", keys_,
-        "xR, R a multiple of 16 and at least ", queries_);
-    p_row_ = p.channels;
+    p_row_ =
+        probability_row("attention_backward", arguments.input_shape(p_), heads_, keys_, queries_);
     tasks_ = (queries_ + kTaskQueries - 1) / kTaskQueries;
   }
 

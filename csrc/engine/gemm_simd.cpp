@@ -21,8 +21,11 @@ constexpr int kMaxRows = 2;
 constexpr int kVecs = 2;
 constexpr int64_t kPanel = kVecs * Vec::kWidth;
 constexpr int64_t kLine = 16;  // floats per cache line
-// Where the next panel is fetched to: two wide panels do not fit the first-level cache.
-constexpr int kNextLevel = kPanel > kLine ? 2 : 3;
+// How B is fetched ahead. With many tiles over a panel: now and then, to the first-level cache, for
+// the next visit. With few, products wait for B's memory: with every step, to the second-level
+// cache, for which more lines can be under way. Two panels of wide vectors fit no first level.
+constexpr int64_t kFewTiles = ADM_RT_ISA_LEVEL == 2 ? INT64_MAX : ADM_RT_ISA_LEVEL == 1 ? 3 : 0;
+constexpr int64_t kFewAhead = ADM_RT_ISA_LEVEL == 2 ? 1 : 2;  // visits
 
 // Steps of k between two visits of a tile to C, at most. Wide vectors gain a tenth when chains are
 // added up between visits, and a wide panel this deep fits the first-level cache together with the
@@ -43,13 +46,15 @@ struct Tile {
   int64_t lda;
   const float* b;
   const float* next_a;  // the rows of the following tile, prefetched on the way
-  const float* next_b;  // the part of the following panel that this tile has to prefetch
-  int64_t next_b_step;  // floats of it per step
+  const float* next_b;  // what follows in B and is this tile's to prefetch
+  int64_t next_b_step;  // floats of it per step, or per kLine steps
   float* c;
   int64_t ldc;
   int64_t columns;  // of C, <= kPanel
   bool accumulate;
 };
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 inline void keep(Vec sum, float* sums) { sum.store(sums); }
 
@@ -66,13 +71,16 @@ inline void write(Vec sum, float* c, int64_t columns) {
   }
 }
 
+// All of this is inlined: a call per tile would cost 4%.
+//
 // One vector per row when the panel's second half is empty. Chains of one visit are added up on
 // the stack, while the next one is under way.
-template <int kRows, int kColumns>
-void compute(const Tile& t) {
+template <int kRows, int kColumns, bool kFew>
+[[gnu::always_inline]] inline void compute(const Tile& t) {
   const int64_t lda = t.lda;
   const float* b = t.b;
   const float* next_b = t.next_b;
+  const int64_t step = t.next_b_step;
   alignas(64) float sums[kRows * kPanel];
 #define ADM_RT_FOR_ROWS(DO) \
   DO(0) DO(1) DO(2) DO(3) DO(4) DO(5) DO(6) DO(7) DO(8) DO(9) DO(10) DO(11)
@@ -127,15 +135,22 @@ void compute(const Tile& t) {
     ADM_RT_FOR_ROWS(ADM_RT_START)
     for (; k0 < chain_end; k0 += kLine) {
       ADM_RT_FOR_ROWS(ADM_RT_PREFETCH)
+      if constexpr (!kFew) {
+        for (const float* end = next_b + step; next_b < end; next_b += kLine) {
+          __builtin_prefetch(next_b);
+        }
+      }
       const int64_t end = chain_end - k0 < kLine ? chain_end : k0 + kLine;
 #pragma GCC unroll 4
       for (int64_t k = k0; k < end; ++k) {
         const Vec b0 = Vec::load(b);
         [[maybe_unused]] const Vec b1 = Vec::load(b + (kColumns > 1 ? Vec::kWidth : 0));
-        __builtin_prefetch(next_b, 0, kNextLevel);
-        if constexpr (kPanel > kLine) __builtin_prefetch(next_b + kLine, 0, kNextLevel);
+        if constexpr (kFew) {
+          __builtin_prefetch(next_b, 0, 2);
+          if constexpr (kPanel > kLine) __builtin_prefetch(next_b + kLine, 0, 2);
+          next_b += step;
+        }
         b += kPanel;
-        next_b += t.next_b_step;
         ADM_RT_FOR_ROWS(ADM_RT_STEP)
       }
     }
@@ -161,37 +176,47 @@ void compute(const Tile& t) {
 #undef ADM_RT_WRITE
 }
 
-template <int kColumns>
-void compute_rows(int64_t rows, const Tile& t) {
+template <int kColumns, bool kFew>
+[[gnu::always_inline]] inline void compute_rows(int64_t rows, const Tile& t) {
   switch (rows) {
     case 1:
-      return compute<1, kColumns>(t);
+      return compute<1, kColumns, kFew>(t);
     case 2:
-      return compute<2, kColumns>(t);
+      return compute<2, kColumns, kFew>(t);
 #if ADM_RT_ISA_LEVEL >= 1
     case 3:
-      return compute<3, kColumns>(t);
+      return compute<3, kColumns, kFew>(t);
     case 4:
-      return compute<4, kColumns>(t);
+      return compute<4, kColumns, kFew>(t);
     case 5:
-      return compute<5, kColumns>(t);
+      return compute<5, kColumns, kFew>(t);
     case 6:
-      return compute<6, kColumns>(t);
+      return compute<6, kColumns, kFew>(t);
 #endif
 #if ADM_RT_ISA_LEVEL >= 2
     case 7:
-      return compute<7, kColumns>(t);
+      return compute<7, kColumns, kFew>(t);
     case 8:
-      return compute<8, kColumns>(t);
+      return compute<8, kColumns, kFew>(t);
     case 9:
-      return compute<9, kColumns>(t);
+      return compute<9, kColumns, kFew>(t);
     case 10:
-      return compute<10, kColumns>(t);
+      return compute<10, kColumns, kFew>(t);
     case 11:
-      return compute<11, kColumns>(t);
+      return compute<11, kColumns, kFew>(t);
     case 12:
-      return compute<12, kColumns>(t);
+      return compute<12, kColumns, kFew>(t);
 #endif
+  }
+}
+
+// Row tile of `rows` rows.
+[[gnu::always_inline]] inline void compute_tile(int64_t rows, bool few, const Tile& t) {
+  const bool whole = t.columns > Vec::kWidth;
+  if (few && kFewTiles > 0) {
+    whole ? compute_rows<2, true>(rows, t) : compute_rows<1, true>(rows, t);
+  } else if (kFewTiles < INT64_MAX) {
+    whole ? compute_rows<2, false>(rows, t) : compute_rows<1, false>(rows, t);
   }
 }
 
@@ -201,42 +226,50 @@ int64_t gemm_panel_width() { return kPanel; }
 int64_t gemm_row_block() { return kMaxRows; }
 
 void gemm(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const float* packed_b,
-          float* c, int64_t ldc, bool accumulate, GemmChains precision) {
+          float* c, int64_t ldc, bool accumulate, GemmChains precision, const float* following) {
   if (m <= 0 || n <= 0) return;
   const int64_t most_chain = precision == GemmChains::kPrecise ? kPreciseChain : kPlainChain;
   // Tiles of nearly equal height: a last tile of one row would run at a fraction of the speed.
-  const int64_t tiles = (m + kMaxRows - 1) / kMaxRows;
-  const int64_t chains = k > 0 ? (k + most_chain - 1) / most_chain : 1;
+  const int64_t tiles = ceil_div(m, kMaxRows);
+  const int64_t chains = k > 0 ? ceil_div(k, most_chain) : 1;
   Tile t;
-  t.chain = (k + chains - 1) / chains;
+  t.chain = ceil_div(k, chains);
   const int64_t together = kManyChains && t.chain < kVisitDepth ? kVisitDepth / t.chain : 1;
-  const int64_t visits = (chains + together - 1) / together;
-  const int64_t depth = (chains + visits - 1) / visits * t.chain;
+  const int64_t visits = ceil_div(chains, together);
+  const int64_t depth = ceil_div(chains, visits) * t.chain;
   t.lda = lda;
   t.ldc = ldc;
+  const bool few = tiles <= kFewTiles;
+  const float* following_end = following == nullptr ? nullptr : following + m * lda;
+  const int64_t following_step =
+      ceil_div(m * lda, ceil_div(n, kPanel) * tiles * visits * kLine) * kLine;
   for (int64_t column = 0; column < n; column += kPanel, packed_b += k * kPanel) {
     t.columns = n - column < kPanel ? n - column : kPanel;
     for (int64_t k0 = 0; k0 == 0 || k0 < k; k0 += depth) {
       t.depth = k - k0 < depth ? k - k0 : depth;
       t.b = packed_b + k0 * kPanel;
       t.accumulate = accumulate || k0 > 0;
-      // Each tile fetches its share of the next panel. A single tile leaves that to the hardware,
-      // which streams better alone.
-      t.next_b_step = tiles > 1 ? kPanel / tiles : 0;
-      t.next_b = tiles > 1 ? t.b + t.depth * kPanel : t.b;
+      // As much of B as this visit reads, later than that: the first tiles fetch a share each. A
+      // single tile leaves that to the hardware, which streams better alone.
+      const int64_t floats = t.depth * kPanel;
+      const float* next_b = t.b + (few ? kFewAhead : 1) * floats;
+      const int64_t turns = few ? t.depth : ceil_div(t.depth, kLine);  // of a tile
+      const int64_t step = ceil_div(floats, tiles * turns);
+      const int64_t share = (few ? step : ceil_div(step, kLine) * kLine) * turns;
       int64_t row = 0;
       for (int64_t tile = 0; tile < tiles; ++tile) {
         const int64_t end = m * (tile + 1) / tiles;
         t.a = a + row * lda + k0;
         // Behind the last rows: the first ones again, for the next block of k or the next panel.
         t.next_a = tile + 1 < tiles ? a + end * lda + k0 : a;
+        const bool fetches = tiles > 1 && tile * share < floats;
+        t.next_b = fetches ? next_b + tile * share : t.b;
+        t.next_b_step = fetches ? share / turns : 0;
         t.c = c + row * ldc + column;
-        if (t.columns > Vec::kWidth) {
-          compute_rows<2>(end - row, t);
-        } else {
-          compute_rows<1>(end - row, t);
-        }
-        t.next_b += t.next_b_step * t.depth;
+        const float* stop =
+            following_end - following < following_step ? following_end : following + following_step;
+        for (; following < stop; following += kLine) __builtin_prefetch(following, 0, 2);
+        compute_tile(end - row, few, t);
         row = end;
       }
     }

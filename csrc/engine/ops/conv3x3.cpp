@@ -269,10 +269,11 @@ class Conv3x3 : public Op {
         const int64_t stop = std::min(end, (plane + 1) * panels);
         const int64_t column = panel * panel_width_;
         const int64_t columns = std::min(s.channels_out - column, (stop - begin) * panel_width_);
-        ADM_RT_DISPATCH(gemm(block.tiles, columns, channels_in, block.v + plane * block.v_plane,
-                             s.v_row, packed + plane * weight_plane_ + column * channels_in,
+        const float* v = block.v + plane * block.v_plane;
+        ADM_RT_DISPATCH(gemm(block.tiles, columns, channels_in, v, s.v_row,
+                             packed + plane * weight_plane_ + column * channels_in,
                              block.m + plane * block.m_plane + column, s.m_row, false,
-                             GemmChains::kPrecise));
+                             GemmChains::kPrecise, stop < end ? v + block.v_plane : nullptr));
         begin = stop;
       }
     });

@@ -185,6 +185,16 @@ void rows_along(const float* in, int64_t tiles, int64_t count, float* v, int64_t
   }
 }
 
+// Stores wait for their lines: so many planes apart, the hardware fetches none ahead.
+inline void fetch_planes(const float* v, int64_t planes, int64_t tiles, int64_t v_plane,
+                         int64_t v_row) {
+  for (int64_t plane = 0; plane < planes; ++plane) {
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      __builtin_prefetch(v + plane * v_plane + tile * v_row, 1, 2);
+    }
+  }
+}
+
 template <int kTile>
 void input(const Conv3x3Shape& s, const Conv3x3Tensors& t, const Conv3x3Block& block, int64_t chunk,
            int64_t begin, int64_t end) {
@@ -228,12 +238,16 @@ void input(const Conv3x3Shape& s, const Conv3x3Tensors& t, const Conv3x3Block& b
       for (int64_t r = 0; r < kSize; ++r) old[r] = rows[r];
       for (int64_t r = 0; r < kSize; ++r) rows[r] = old[(r + kTile) % kSize];
     }
+    float* v = block.v + (conv3x3_tiles_before(s, index) - tiles_before) * s.v_row + joined;
     for (int64_t r = have; r < kSize; ++r) {
+      const int64_t before = (r - have) * kSize / (kSize - have) * kSize;
+      const int64_t after = (r - have + 1) * kSize / (kSize - have) * kSize;
+      fetch_planes(v + before * block.v_plane, after - before, segment.tiles, block.v_plane,
+                   s.v_row);
       fill(s, c, t.affine != nullptr, segment.row * kTile - 1 + r, segment.column * kTile - 1,
            columns, rows[r]);
     }
     columns_down<kTile>(rows, columns, down);
-    float* v = block.v + (conv3x3_tiles_before(s, index) - tiles_before) * s.v_row + joined;
     if (c.count == kConvChunk) {
       rows_along<kTile, true>(down, segment.tiles, c.count, v, s.v_row, block.v_plane);
     } else {

@@ -116,6 +116,12 @@ void output_segment(const Conv3x3Shape& s, const Conv3x3Tensors& t, const Conv3x
   alignas(64) float out[kTile * kTile * kWidth];
   Moments sums = {Vec::zero(), Vec::zero(), Vec::zero()};
   for (int64_t tile = 0; tile < segment.tiles; ++tile, m += s.m_row) {
+    if (c.first % kConvChunk == 0) {
+      // The next tile's lines: so many planes apart, the hardware fetches none ahead.
+      for (int plane = 0; plane < (kTile + 2) * (kTile + 2); ++plane) {
+        __builtin_prefetch(m + s.m_row + plane * m_plane);
+      }
+    }
     inverse<kTile>(m, m_plane, out);
     const int64_t row0 = segment.row * kTile, column0 = (segment.column + tile) * kTile;
     const int64_t rows = s.height - row0 < kTile ? s.height - row0 : kTile;

@@ -80,6 +80,10 @@ inline Vec round(Vec a) {  // to nearest even
   return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
 }
 
+// The low bits of x as the exponent of a float: 2^n from 127 + n.
+inline Vec as_exponent(Vec x) {
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(x.v), 23))};
+}
 inline Vec power_of_two(__m256i n) {
   return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(n, _mm256_set1_epi32(127)), 23))};
 }

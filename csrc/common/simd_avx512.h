@@ -81,6 +81,10 @@ inline Vec abs(Vec a) { return {_mm512_andnot_ps(_mm512_set1_ps(-0.0f), a.v)}; }
 inline Vec round(Vec a) {  // to nearest even
   return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
 }
+// The low bits of x as the exponent of a float: 2^n from 127 + n.
+inline Vec as_exponent(Vec x) {
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(x.v), 23))};
+}
 // y * 2^n for whole n in [-150, 128], rounded once.
 inline Vec scale_by_power_of_two(Vec y, Vec n) { return {_mm512_scalef_ps(y.v, n.v)}; }
 

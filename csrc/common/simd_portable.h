@@ -81,6 +81,17 @@ ADM_RT_MAP(round(const Vec& a), (a.v[i] + 12582912.0f) - 12582912.0f)
 
 #undef ADM_RT_MAP
 
+// The low bits of x as the exponent of a float: 2^n from 127 + n.
+inline Vec as_exponent(const Vec& x) {
+  Vec r;
+  for (int i = 0; i < Vec::kWidth; ++i) {
+    uint32_t bits;
+    std::memcpy(&bits, &x.v[i], 4);
+    bits <<= 23;
+    std::memcpy(&r.v[i], &bits, 4);
+  }
+  return r;
+}
 inline float power_of_two(int n) {
   const uint32_t bits = static_cast<uint32_t>(n + 127) << 23;
   float r;

@@ -24,12 +24,12 @@ inline int64_t round_up(int64_t n, int64_t multiple) {
   return (n + multiple - 1) / multiple * multiple;
 }
 
-// 2^x for x <= 1 (logits minus their maximum), at most 1.5 ulp from the exact value; 0 below -150,
-// NaN for NaN. Polynomial of degree 6 for |r| <= 1/2, relative error 2e-9.
+// 2^x for x <= 1 (logits minus their maximum), at most 1.5 ulp from the exact value; 2^-126 below
+// that, NaN for NaN. Polynomial of degree 6 for |r| <= 1/2, relative error 2e-9.
 inline Vec exp2_shifted(Vec x) {
-  x = max(Vec::set1(-150.0f), x);  // operand order: NaN in x stays
-  const Vec n = round(x);
-  const Vec r = x - n;
+  x = max(Vec::set1(-126.0f), x);  // operand order: NaN in x stays
+  const Vec biased = x + Vec::set1(kExponentBias);
+  const Vec r = x - (biased - Vec::set1(kExponentBias));
   Vec p = Vec::set1(0x1.41d334p-13f);
   p = mul_add(p, r, Vec::set1(0x1.5f456ap-10f));
   p = mul_add(p, r, Vec::set1(0x1.3b2dbcp-7f));
@@ -37,7 +37,7 @@ inline Vec exp2_shifted(Vec x) {
   p = mul_add(p, r, Vec::set1(0x1.ebfbdap-3f));
   p = mul_add(p, r, Vec::set1(0x1.62e430p-1f));
   p = mul_add(p, r, Vec::set1(1.0f));
-  return scale_by_power_of_two(p, n);
+  return p * as_exponent(biased);
 }
 
 // 1 / sqrt(head_dim), and the same in units of ln 2: then exp(logit) is 2^logit.

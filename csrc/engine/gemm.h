@@ -36,7 +36,7 @@ void gemm_pack(const float* weights, int64_t n, int64_t k, int64_t ldb, bool tra
   int64_t gemm_panel_width();                                                                    \
   /* Rows of A that one microkernel takes: cut m into multiples of this. */                      \
   int64_t gemm_row_block();                                                                      \
-  /* c[i][j] = sum_k a[i][k] * B[k][j], added to c when `accumulate`; lda, ldc >= the width.     \
+  /* c[i][j] = sum_k a[i][k] * B[k][j], k >= 1, added to c when `accumulate`; lda, ldc >= width. \
      following: A of the product that comes next, as large, which is fetched from the last       \
      cache meanwhile; may be null. */                                                            \
   void gemm(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const float* packed_b, \

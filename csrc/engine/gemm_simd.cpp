@@ -21,6 +21,7 @@ constexpr int kMaxRows = 2;
 constexpr int kVecs = 2;
 constexpr int64_t kPanel = kVecs * Vec::kWidth;
 constexpr int64_t kLine = 16;  // floats per cache line
+
 // How B is fetched ahead. With many tiles over a panel: now and then, to the first-level cache, for
 // the next visit. With few, products wait for B's memory: with every step, to the second-level
 // cache, for which more lines can be under way. Two panels of wide vectors fit no first level.
@@ -231,7 +232,7 @@ void gemm(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const fl
   const int64_t most_chain = precision == GemmChains::kPrecise ? kPreciseChain : kPlainChain;
   // Tiles of nearly equal height: a last tile of one row would run at a fraction of the speed.
   const int64_t tiles = ceil_div(m, kMaxRows);
-  const int64_t chains = k > 0 ? ceil_div(k, most_chain) : 1;
+  const int64_t chains = ceil_div(k, most_chain);
   Tile t;
   t.chain = ceil_div(k, chains);
   const int64_t together = kManyChains && t.chain < kVisitDepth ? kVisitDepth / t.chain : 1;
@@ -245,7 +246,7 @@ void gemm(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const fl
       ceil_div(m * lda, ceil_div(n, kPanel) * tiles * visits * kLine) * kLine;
   for (int64_t column = 0; column < n; column += kPanel, packed_b += k * kPanel) {
     t.columns = n - column < kPanel ? n - column : kPanel;
-    for (int64_t k0 = 0; k0 == 0 || k0 < k; k0 += depth) {
+    for (int64_t k0 = 0; k0 < k; k0 += depth) {
       t.depth = k - k0 < depth ? k - k0 : depth;
       t.b = packed_b + k0 * kPanel;
       t.accumulate = accumulate || k0 > 0;

@@ -27,6 +27,10 @@ constexpr int64_t kLine = 16;  // floats per cache line
 // cache, for which more lines can be under way. Two panels of wide vectors fit no first level.
 constexpr int64_t kFewTiles = ADM_RT_ISA_LEVEL == 2 ? INT64_MAX : ADM_RT_ISA_LEVEL == 1 ? 3 : 0;
 constexpr int64_t kFewAhead = ADM_RT_ISA_LEVEL == 2 ? 1 : 2;  // visits
+// From so many rows on there are two tiles: one alone is better left to the hardware's fetching,
+// and that gives two thirds of the speed. Narrow vectors need all rows to hide an addition's
+// latency.
+constexpr int64_t kTwoTiles = ADM_RT_ISA_LEVEL == 2 ? 6 : INT64_MAX;
 
 // Steps of k between two visits of a tile to C, at most. Wide vectors gain a tenth when chains are
 // added up between visits, and a wide panel this deep fits the first-level cache together with the
@@ -231,7 +235,7 @@ void gemm(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const fl
   if (m <= 0 || n <= 0) return;
   const int64_t most_chain = precision == GemmChains::kPrecise ? kPreciseChain : kPlainChain;
   // Tiles of nearly equal height: a last tile of one row would run at a fraction of the speed.
-  const int64_t tiles = ceil_div(m, kMaxRows);
+  const int64_t tiles = m >= kTwoTiles && m <= kMaxRows ? 2 : ceil_div(m, kMaxRows);
   const int64_t chains = ceil_div(k, most_chain);
   Tile t;
   t.chain = ceil_div(k, chains);
@@ -250,8 +254,7 @@ void gemm(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const fl
       t.depth = k - k0 < depth ? k - k0 : depth;
       t.b = packed_b + k0 * kPanel;
       t.accumulate = accumulate || k0 > 0;
-      // As much of B as this visit reads, later than that: the first tiles fetch a share each. A
-      // single tile leaves that to the hardware, which streams better alone.
+      // As much of B as this visit reads, later than that: the first tiles fetch a share each.
       const int64_t floats = t.depth * kPanel;
       const float* next_b = t.b + (few ? kFewAhead : 1) * floats;
       const int64_t turns = few ? t.depth : ceil_div(t.depth, kLine);  // of a tile

@@ -148,7 +148,7 @@ int main(int argc, char** argv) {
       {1, 6, 10, 17, 0, 31, 1, true, false},  {2, 8, 8, 33, 5, 17, 2, true, false},
       {1, 13, 35, 36, 0, 33, 0, true, false}, {2, 14, 22, 40, 33, 20, 1, true, false},
       {2, 16, 38, 33, 0, 18, 2, true, false}, {1, 40, 40, 48, 0, 48, 0, false, false},
-      {1, 66, 65, 33, 0, 17, 0, true, true},
+      {1, 66, 65, 33, 0, 17, 0, true, true},  {2, 8, 7, 90, 41, 17, 0, true, false},
   };
   bool right = true;
   for (int i = 1; i < argc; ++i) {

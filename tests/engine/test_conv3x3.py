@@ -105,11 +105,25 @@ SIZES = [1, 2, 3, 4, 5, 7, 8, 9, 11, 12, 13, 16, 17, 19, 31, 32, 33, 37]
 
 @pytest.mark.parametrize("size", SIZES)
 def test_sizes(size):
-    """F(2x2) below 9 tiles of 4x4 or 33 channels, F(4x4) above."""
+    """F(2x2) for few channels and up to 8x8, F(4x4) above."""
     check(2, size, size, 6, 0, 5, **EVERYTHING)
     check(1, size, 2 * size + 1, 17, 19, 18, bias=False, stats=True)
     check(1, 3 * size, size, 36, 0, 32, affine=True)
     check(3, size, 1, 33, 0, 17, **EVERYTHING)
+
+
+@pytest.mark.parametrize("h, w", [(7, 7), (8, 8), (8, 9), (7, 10), (4, 15), (12, 5), (9, 8)])
+def test_sizes_around_8x8(h, w):
+    """F(4x2), which more than 128 channels get."""
+    check(2, h, w, 131, 0, 17, **EVERYTHING)
+    check(1, h, w, 100, 29, 33, stats=True)
+
+
+@pytest.mark.parametrize("h, w", [(1, 1), (1, 2), (2, 3), (3, 2), (5, 7), (8, 8), (17, 16), (6, 37)])
+def test_sizes_of_up_sampled_images(h, w):
+    """Of x: y has 4 times the pixels."""
+    check(2, 2 * h, 2 * w, 6, 0, 5, resample=UP, **{**EVERYTHING, "residual": UP})
+    check(1, 2 * h, 2 * w, 17, 19, 33, resample=UP, stats=True)
 
 
 @pytest.mark.parametrize("c1", [1, 2, 3, 6, 15, 16, 17, 31, 32, 33, 36, 64, 96, 100])
@@ -193,21 +207,22 @@ def root_mean_square(x):
     return np.sqrt(np.mean(np.square(x, dtype=np.float64)))
 
 
-# At full width, on the instruction sets that are used: (H = W, Ci, Co, allowed ratio).
+# At full width, on the instruction sets that are used: (H = W, Ci, Co, options, allowed ratio).
 @pytest.mark.parametrize(
-    "size, ci, co, fast, allowed",
+    "size, ci, co, options, allowed",
     [
-        (64, 192, 64, False, 2),
-        (32, 384, 32, False, 2),
-        (16, 1536, 32, False, 2),
-        (8, 1536, 48, False, 1),
-        (32, 64, 64, False, 2.5),
-        (64, 96, 32, True, 8),
+        (64, 192, 64, {}, 2),
+        (32, 384, 32, {}, 2),
+        (16, 1536, 32, {}, 2),
+        (8, 1536, 48, {}, 1),
+        (32, 64, 64, {}, 2.5),
+        (32, 384, 32, {"resample": UP}, 1),
+        (64, 96, 32, {"fast": True}, 8),
     ],
 )
-def test_rounding_error_against_torch(size, ci, co, fast, allowed):
+def test_rounding_error_against_torch(size, ci, co, options, allowed):
     """Root mean square error: at most twice that of torch's float32 (F(6x6) is asked for)."""
-    inputs, outputs, attributes, weights = make_case(1, size, size, ci, 0, co, fast=fast)
+    inputs, outputs, attributes, weights = make_case(1, size, size, ci, 0, co, **options)
     exact = reference(inputs, attributes, weights)["y"]
     plain = reference(inputs, attributes, weights, torch.float32)["y"]
     before = C.cpu_isa()

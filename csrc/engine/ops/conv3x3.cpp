@@ -16,6 +16,7 @@
 #include "engine/op.h"
 #include "engine/ops/channel_stats.h"
 #include "engine/ops/conv3x3_kernels.h"
+#include "engine/ops/conv3x3_winograd.h"
 #include "engine/ops/thread_scratch.h"
 
 namespace adm_rt::engine {
@@ -27,19 +28,19 @@ constexpr int64_t kBlockTiles = 48;
 // Threads take equal blocks of their own when those have so many tiles.
 constexpr int64_t kMinBlockTiles = 24;
 // As many tiles as this take no longer than reading the transformed weights from memory.
-constexpr int64_t kTilesPerWeightRead = 13;
+constexpr int64_t kTilesPerWeightRead = 9;
 // With so few output channels a product costs next to nothing, and these are the last layers, whose
 // rounding errors nothing dilutes; with so few input channels the direct convolution's rounding
 // errors are far below those of F(4x4), and a network must stay within twice of them. Both take the
 // most exact tile, F(2x2).
 constexpr int64_t kFewChannelsOut = 16;
 constexpr int64_t kFewChannelsIn = 32;
+// F(4x2), the tile of 8x8 images, only for more input channels than these.
+constexpr int64_t kFewChannelsIn4x2 = 128;
 // F(6x6) only on images of this size.
 constexpr int64_t kMinFastEdge = 64;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-int64_t strip_tiles_of(int64_t tile) { return kConvSegmentPixels / tile / 2 * 2; }
 
 // Floats from row to row of V or M: whole cache lines, and not so even a number of them that the
 // rows of a microkernel fall into the same sets of the cache.
@@ -51,23 +52,31 @@ int64_t row_floats(int64_t channels) {
 // The same for planes: the transforms touch all planes of a tile at once.
 int64_t plane_floats(int64_t tiles, int64_t row) { return ceil_div(tiles * row, 1024) * 1024 + 16; }
 
-// The edge of the output tile with the fewest products. A layer of few tiles waits for its weights,
-// of which a larger tile has more. By the layer's shape alone: an image must not depend on its
-// batch.
-int64_t choose_tile(int64_t height, int64_t width, int64_t channels_in, int64_t channels_out,
-                    bool fast) {
-  if (channels_in <= kFewChannelsIn || channels_out <= kFewChannelsOut) return 2;
-  int64_t best = 0, best_cost = 0;
-  for (const int64_t tile : {int64_t{2}, int64_t{4}, int64_t{6}}) {
-    if (tile == 6 && !(fast && height >= kMinFastEdge && width >= kMinFastEdge)) continue;
-    const int64_t tiles = ceil_div(height, tile) * ceil_div(width, tile);
-    const int64_t cost = (tile + 2) * (tile + 2) * std::max(tiles, kTilesPerWeightRead);
-    if (best == 0 || cost < best_cost) {
-      best = tile;
-      best_cost = cost;
-    }
-  }
-  return best;
+// Sets the tile with the fewest products. A layer of few tiles waits for its weights, of which a
+// larger tile has more. By the layer's shape alone: an image must not depend on its batch.
+void choose_tile(Conv3x3Shape& s, bool fast) {
+  const int64_t channels_in = s.channels1 + s.channels2;
+  const bool large = fast && s.height >= kMinFastEdge && s.width >= kMinFastEdge;
+  int64_t best = 0;
+  const auto choose = [&](int64_t down, int64_t along) {
+    const int64_t height = outputs_of(down), width = outputs_of(along);
+    const int64_t rows = ceil_div(s.height, height), columns = ceil_div(s.width, width);
+    const int64_t cost = down * along * std::max(rows * columns, kTilesPerWeightRead);
+    if (best > 0 && cost >= best) return;
+    best = cost;
+    s.products_down = down;
+    s.products_along = along;
+    s.tile_height = height;
+    s.tile_width = width;
+    s.tile_rows = rows;
+    s.tile_columns = columns;
+  };
+  if (s.resample == Resample::kNearestUp) return choose(kUpProducts, kUpProducts);
+  choose(4, 4);
+  if (channels_in <= kFewChannelsIn || s.channels_out <= kFewChannelsOut) return;
+  if (channels_in > kFewChannelsIn4x2) choose(6, 4);
+  choose(6, 6);
+  if (large) choose(8, 8);
 }
 
 Resample resample_of(const OpArguments& arguments, const char* name) {
@@ -154,15 +163,20 @@ class Conv3x3 : public Op {
         !has_bias_ || arguments.weight_shape("bias") == std::vector<int64_t>{s.channels_out},
         "conv3x3: bias must have the shape [", s.channels_out, "]");
 
-    s.tile = choose_tile(s.height, s.width, channels_in, s.channels_out,
-                         arguments.integer("fast", 0) != 0);
-    s.tile_rows = ceil_div(s.height, s.tile);
-    s.tile_columns = ceil_div(s.width, s.tile);
-    s.strip_tiles = std::min(strip_tiles_of(s.tile), s.tile_columns);
+    choose_tile(s, arguments.integer("fast", 0) != 0);
+    s.strip_tiles = std::min(kConvSegmentPixels / s.tile_width / 2 * 2, s.tile_columns);
     s.segments = s.tile_rows * ceil_div(s.tile_columns, s.strip_tiles);
     s.v_row = row_floats(channels_in);
     s.m_row = row_floats(s.channels_out);
     weight_plane_ = gemm_packed_floats(s.channels_out, channels_in, panel_width_);
+    input_shape_ = s;
+    if (s.resample == Resample::kNearestUp) {
+      input_shape_.tile_height = input_shape_.tile_width = 2;
+      input_shape_.products_down = input_shape_.products_along = 4;
+      input_shape_.height = s.in_height;
+      input_shape_.width = s.in_width;
+      input_shape_.resample = Resample::kNone;
+    }
   }
 
   int64_t packed_floats() const override {
@@ -175,8 +189,7 @@ class Conv3x3 : public Op {
     parallel_for(ceil_div(shape_.channels_out, panel_width_), 1, [&](int64_t begin, int64_t end) {
       for (int64_t panel = begin; panel < end; ++panel) {
         float* to = packed + panel * channels_in * panel_width_;
-        ADM_RT_DISPATCH(conv3x3_weights(shape_.tile, weight, channels_in, shape_.channels_out,
-                                        panel * panel_width_, to, weight_plane_));
+        ADM_RT_DISPATCH(conv3x3_weights(shape_, weight, panel * panel_width_, to, weight_plane_));
       }
     });
     if (!has_bias_) return;
@@ -191,8 +204,8 @@ class Conv3x3 : public Op {
   // V and M of a block: whole segments, so up to a strip more than kBlockTiles.
   int64_t thread_floats() const override {
     const int64_t tiles = ceil_div(kBlockTiles, shape_.strip_tiles) * shape_.strip_tiles;
-    return shape_.planes() *
-           (plane_floats(tiles, shape_.v_row) + plane_floats(tiles, shape_.m_row));
+    return input_shape_.planes() * plane_floats(tiles, shape_.v_row) +
+           shape_.planes() * plane_floats(tiles, shape_.m_row);
   }
 
   void run(const RunContext& context) const override {
@@ -246,8 +259,8 @@ class Conv3x3 : public Op {
     block.tiles = conv3x3_tiles_before(s, segment_end) - conv3x3_tiles_before(s, segment_begin);
     block.v_plane = plane_floats(block.tiles, s.v_row);
     block.m_plane = plane_floats(block.tiles, s.m_row);
-    block.v = thread_scratch(s.planes() * (block.v_plane + block.m_plane));
-    block.m = block.v + s.planes() * block.v_plane;
+    block.v = thread_scratch(input_shape_.planes() * block.v_plane + s.planes() * block.m_plane);
+    block.m = block.v + input_shape_.planes() * block.v_plane;
 
     // Input: by chunks of channels, and by segments where that leaves threads without work.
     const int64_t chunks = conv3x3_input_chunks(s), segments = segment_end - segment_begin;
@@ -255,7 +268,7 @@ class Conv3x3 : public Op {
     parallel_for(chunks * groups, 1, [&](int64_t begin, int64_t end) {
       for (int64_t task = begin; task < end; ++task) {
         const int64_t group = task % groups;
-        ADM_RT_DISPATCH(conv3x3_input(s, t, block, task / groups,
+        ADM_RT_DISPATCH(conv3x3_input(input_shape_, t, block, task / groups,
                                       segment_begin + segments * group / groups,
                                       segment_begin + segments * (group + 1) / groups));
       }
@@ -269,11 +282,12 @@ class Conv3x3 : public Op {
         const int64_t stop = std::min(end, (plane + 1) * panels);
         const int64_t column = panel * panel_width_;
         const int64_t columns = std::min(s.channels_out - column, (stop - begin) * panel_width_);
-        const float* v = block.v + plane * block.v_plane;
+        const float* v = input_plane(block, plane);
         ADM_RT_DISPATCH(gemm(block.tiles, columns, channels_in, v, s.v_row,
                              packed + plane * weight_plane_ + column * channels_in,
                              block.m + plane * block.m_plane + column, s.m_row, false,
-                             GemmChains::kPrecise, stop < end ? v + block.v_plane : nullptr));
+                             GemmChains::kPrecise,
+                             stop < end ? input_plane(block, plane + 1) : nullptr));
         begin = stop;
       }
     });
@@ -288,6 +302,13 @@ class Conv3x3 : public Op {
         begin = stop;
       }
     });
+  }
+
+  // The plane of V that plane `plane` of the products is of.
+  const float* input_plane(const Conv3x3Block& block, int64_t plane) const {
+    const int64_t row = input_of(shape_.products_down, plane / shape_.products_along);
+    const int64_t column = input_of(shape_.products_along, plane % shape_.products_along);
+    return block.v + (row * input_shape_.products_along + column) * block.v_plane;
   }
 
   // Mean and variance of every channel from the moments of the segments (Chan, Golub & LeVeque
@@ -333,6 +354,7 @@ class Conv3x3 : public Op {
   const CpuIsa isa_;
   const int64_t panel_width_;
   Conv3x3Shape shape_;
+  Conv3x3Shape input_shape_;  // as the input transform sees it
   int64_t weight_plane_ = 0;  // floats of a plane of packed weights
 };
 

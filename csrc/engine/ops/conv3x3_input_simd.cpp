@@ -85,19 +85,8 @@ void fill_row(const Conv3x3Shape& s, const Channels& c, int64_t row, int64_t fir
       }
       break;
     }
-    case Resample::kNearestUp: {
-      const float* in = c.x + row / 2 * s.in_width * c.stride;
-      for (int64_t i = begin; i < end; ++i) {
-        float* to = out + i * kConvChunk;
-        // The second of two equal pixels; the sum is even or odd as its column in the image is.
-        const bool again = i > begin && ((first + i) & 1) != 0;
-        const float* pixel = in + (first + i) / 2 * c.stride;
-        for (int64_t v = 0; v < kVecs; ++v, to += kWidth) {
-          (again ? Vec::load(to - kConvChunk) : activate<kAffine, kSilu>(c, pixel, v)).store(to);
-        }
-      }
-      break;
-    }
+    case Resample::kNearestUp:
+      break;  // conv3x3_kernels.h: the input side never sees it
   }
 }
 
@@ -158,10 +147,10 @@ void columns_down(float* const* rows, int64_t columns, float* out) {
 }
 
 template <int kTile, bool kWhole>
-void rows_along(const float* in, int64_t tiles, int64_t count, float* v, int64_t v_row,
-                int64_t v_plane) {
+void rows_along(const float* in, int64_t rows, int64_t tiles, int64_t count, float* v,
+                int64_t v_row, int64_t v_plane) {
   constexpr int kSize = kTile + 2;
-  for (int64_t r = 0; r < kSize; ++r, in += kRowFloats, v += kSize * v_plane) {
+  for (int64_t r = 0; r < rows; ++r, in += kRowFloats, v += kSize * v_plane) {
     for (int64_t tile = 0; tile < tiles; ++tile) {
       ADM_RT_UNROLL
       for (int64_t vec = 0; vec < kVecs; ++vec) {
@@ -195,14 +184,14 @@ inline void fetch_planes(const float* v, int64_t planes, int64_t tiles, int64_t 
   }
 }
 
-template <int kTile>
+template <int kTileHeight, int kTileWidth>
 void input(const Conv3x3Shape& s, const Conv3x3Tensors& t, const Conv3x3Block& block, int64_t chunk,
            int64_t begin, int64_t end) {
-  constexpr int kSize = kTile + 2;
+  constexpr int kRows = kTileHeight + 2, kColumns = kTileWidth + 2;  // of an input tile
   alignas(64) float buffer[kMaxSize * kRowFloats];
   alignas(64) float down[kMaxSize * kRowFloats];
-  float* rows[kSize];
-  for (int64_t r = 0; r < kSize; ++r) rows[r] = buffer + r * kRowFloats;
+  float* rows[kRows];
+  for (int64_t r = 0; r < kRows; ++r) rows[r] = buffer + r * kRowFloats;
 
   // The chunk's source, and its first channel there and in the concatenation.
   const int64_t chunks1 = (s.channels1 + kConvChunk - 1) / kConvChunk;
@@ -230,29 +219,27 @@ void input(const Conv3x3Shape& s, const Conv3x3Tensors& t, const Conv3x3Block& b
         }
       }
     }
-    const int64_t columns = segment.tiles * kTile + 2;
+    const int64_t columns = segment.tiles * kTileWidth + 2;
     int64_t have = 0;  // rows left over from the segment above
     if (index > begin && segment.row > 0) {
       have = 2;
-      float* old[kSize];
-      for (int64_t r = 0; r < kSize; ++r) old[r] = rows[r];
-      for (int64_t r = 0; r < kSize; ++r) rows[r] = old[(r + kTile) % kSize];
+      float* old[kRows];
+      for (int64_t r = 0; r < kRows; ++r) old[r] = rows[r];
+      for (int64_t r = 0; r < kRows; ++r) rows[r] = old[(r + kTileHeight) % kRows];
     }
     float* v = block.v + (conv3x3_tiles_before(s, index) - tiles_before) * s.v_row + joined;
-    for (int64_t r = have; r < kSize; ++r) {
-      const int64_t before = (r - have) * kSize / (kSize - have) * kSize;
-      const int64_t after = (r - have + 1) * kSize / (kSize - have) * kSize;
+    for (int64_t r = have; r < kRows; ++r) {
+      const int64_t before = (r - have) * kRows / (kRows - have) * kColumns;
+      const int64_t after = (r - have + 1) * kRows / (kRows - have) * kColumns;
       fetch_planes(v + before * block.v_plane, after - before, segment.tiles, block.v_plane,
                    s.v_row);
-      fill(s, c, t.affine != nullptr, segment.row * kTile - 1 + r, segment.column * kTile - 1,
-           columns, rows[r]);
+      fill(s, c, t.affine != nullptr, segment.row * kTileHeight - 1 + r,
+           segment.column * kTileWidth - 1, columns, rows[r]);
     }
-    columns_down<kTile>(rows, columns, down);
-    if (c.count == kConvChunk) {
-      rows_along<kTile, true>(down, segment.tiles, c.count, v, s.v_row, block.v_plane);
-    } else {
-      rows_along<kTile, false>(down, segment.tiles, c.count, v, s.v_row, block.v_plane);
-    }
+    columns_down<kTileHeight>(rows, columns, down);
+    const auto along =
+        c.count == kConvChunk ? rows_along<kTileWidth, true> : rows_along<kTileWidth, false>;
+    along(down, kRows, segment.tiles, c.count, v, s.v_row, block.v_plane);
   }
 }
 
@@ -260,14 +247,11 @@ void input(const Conv3x3Shape& s, const Conv3x3Tensors& t, const Conv3x3Block& b
 
 void conv3x3_input(const Conv3x3Shape& s, const Conv3x3Tensors& t, const Conv3x3Block& block,
                    int64_t chunk, int64_t begin, int64_t end) {
-  switch (s.tile) {
-    case 2:
-      return input<2>(s, t, block, chunk, begin, end);
-    case 4:
-      return input<4>(s, t, block, chunk, begin, end);
-    case 6:
-      return input<6>(s, t, block, chunk, begin, end);
-  }
+  with_products(s.products_down, s.products_along, [&](auto kDown, auto kAlong) {
+    if constexpr (kDown != kUpProducts) {  // never asked for: conv3x3_kernels.h
+      input<outputs_of(kDown), outputs_of(kAlong)>(s, t, block, chunk, begin, end);
+    }
+  });
 }
 
 }  // namespace adm_rt::ADM_RT_ISA

@@ -1,11 +1,14 @@
 // What conv3x3.cpp and its per-ISA kernels share.
 //
-// A tile is tile x tile outputs. A strip is a column of tiles, strip_tiles wide and as high as the
-// image; one tile row of it is a segment, the unit in which work is cut. Segments are numbered
-// image by image, strip by strip, downwards, so that neighbours in number share two rows of input.
-// A block is a range of segments whose transformed inputs (V) and products (M) stay in cache:
+// A tile is tile_height x tile_width outputs. A strip is a column of tiles, strip_tiles wide and as
+// high as the image; one tile row of it is a segment, the unit in which work is cut. Segments are
+// numbered image by image, strip by strip, downwards, so that neighbours in number share two rows
+// of input. A block is a range of segments whose transformed inputs (V) and products (M) stay in
+// cache:
 //   V[plane][tile of the block][channel of x, then of x2]
 //   M[plane][tile of the block][channel of y]
+// Up-sampled images are transformed as they were before: the input side sees the shape of an F(2x2)
+// on x, which has as many tiles.
 #pragma once
 
 #include <cstdint>
@@ -29,13 +32,14 @@ struct Conv3x3Shape {
   bool silu = false;
   float output_scale = 1.0f;
 
-  int64_t tile = 4;
+  int64_t tile_height = 4, tile_width = 4;        // in outputs
+  int64_t products_down = 6, products_along = 6;  // of a tile
   int64_t tile_rows = 0, tile_columns = 0;
   int64_t strip_tiles = 0;
   int64_t segments = 0;          // of an image
   int64_t v_row = 0, m_row = 0;  // floats per tile of V and M
 
-  int64_t planes() const { return (tile + 2) * (tile + 2); }
+  int64_t planes() const { return products_down * products_along; }
 };
 
 struct Conv3x3Tensors {
@@ -83,10 +87,10 @@ static inline int64_t conv3x3_tiles_before(const Conv3x3Shape& s, int64_t index)
 }
 
 static inline int64_t conv3x3_segment_pixels(const Conv3x3Shape& s, const Conv3x3Segment& segment) {
-  const int64_t rows = s.height - segment.row * s.tile;
-  const int64_t columns = s.width - segment.column * s.tile;
-  const int64_t widest = segment.tiles * s.tile;
-  return (rows < s.tile ? rows : s.tile) * (columns < widest ? columns : widest);
+  const int64_t rows = s.height - segment.row * s.tile_height;
+  const int64_t columns = s.width - segment.column * s.tile_width;
+  const int64_t widest = segment.tiles * s.tile_width;
+  return (rows < s.tile_height ? rows : s.tile_height) * (columns < widest ? columns : widest);
 }
 
 // Chunks of input channels: those of x, then those of x2; a chunk never holds both.
@@ -98,19 +102,19 @@ static inline int64_t conv3x3_output_chunks(const Conv3x3Shape& s) {
   return (s.channels_out + kConvChunk - 1) / kConvChunk;
 }
 
-#define ADM_RT_DECLARE_CONV3X3(ISA)                                                              \
-  namespace ISA {                                                                                \
-  /* V of input chunk `chunk` for segments [begin, end) of the block. */                         \
-  void conv3x3_input(const Conv3x3Shape& s, const Conv3x3Tensors& t, const Conv3x3Block& block,  \
-                     int64_t chunk, int64_t begin, int64_t end);                                 \
-  /* y, and the moments, of output chunk `chunk` for segments [begin, end). */                   \
-  void conv3x3_output(const Conv3x3Shape& s, const Conv3x3Tensors& t, const Conv3x3Block& block, \
-                      int64_t chunk, int64_t begin, int64_t end);                                \
-  /* One panel of transformed weights for every plane: packed[plane][channel_in][j] for output   \
-     channel first + j, zero behind the last; `plane` floats from plane to plane. weights is     \
-     [channels_out, channels_in, 3, 3]. */                                                       \
-  void conv3x3_weights(int64_t tile, const float* weights, int64_t channels_in,                  \
-                       int64_t channels_out, int64_t first, float* packed, int64_t plane);       \
+#define ADM_RT_DECLARE_CONV3X3(ISA)                                                               \
+  namespace ISA {                                                                                 \
+  /* V of input chunk `chunk` for segments [begin, end) of the block. */                          \
+  void conv3x3_input(const Conv3x3Shape& s, const Conv3x3Tensors& t, const Conv3x3Block& block,   \
+                     int64_t chunk, int64_t begin, int64_t end);                                  \
+  /* y, and the moments, of output chunk `chunk` for segments [begin, end). */                    \
+  void conv3x3_output(const Conv3x3Shape& s, const Conv3x3Tensors& t, const Conv3x3Block& block,  \
+                      int64_t chunk, int64_t begin, int64_t end);                                 \
+  /* One panel of transformed weights for every plane: packed[plane][channel_in][j] for output    \
+     channel first + j, zero behind the last; `plane` floats from plane to plane. weights is      \
+     [channels_out, channels_in, 3, 3]. */                                                        \
+  void conv3x3_weights(const Conv3x3Shape& s, const float* weights, int64_t first, float* packed, \
+                       int64_t plane);                                                            \
   }
 ADM_RT_DECLARE_CONV3X3(portable)
 ADM_RT_DECLARE_CONV3X3(avx2)

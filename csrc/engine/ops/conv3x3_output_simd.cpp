@@ -35,6 +35,14 @@ inline void transform(const Vec (&m)[kTile + 2], Vec (&y)[kTile]) {
   }
 }
 
+// The same for an up-sampled image.
+inline void transform(const Vec (&m)[kUpProducts], Vec (&y)[4]) {
+  y[0] = m[0] + (m[1] + m[2]);
+  y[1] = m[1] + m[3];
+  y[2] = m[1] - m[2];
+  y[3] = (m[1] - m[3]) + m[4];
+}
+
 // One vector of channels of one segment.
 struct Channels {
   int64_t first;
@@ -81,31 +89,32 @@ struct Moments {
 
 // A' M A of one tile: pixels row by row, kWidth channels each. Not inlined: one copy for all
 // variants of what follows.
-template <int kTile>
+template <int kDown, int kAlong>
 [[gnu::noinline]] void inverse(const float* m, int64_t m_plane, float* y) {
-  constexpr int kSize = kTile + 2;
-  Vec down[kTile][kSize];
+  constexpr int kTileHeight = outputs_of(kDown), kTileWidth = outputs_of(kAlong);
+  Vec down[kTileHeight][kAlong];
   ADM_RT_UNROLL
-  for (int j = 0; j < kSize; ++j) {
-    Vec column[kSize], out[kTile];
+  for (int j = 0; j < kAlong; ++j) {
+    Vec column[kDown], out[kTileHeight];
     ADM_RT_UNROLL
-    for (int i = 0; i < kSize; ++i) column[i] = Vec::load(m + (i * kSize + j) * m_plane);
-    transform<kTile>(column, out);
+    for (int i = 0; i < kDown; ++i) column[i] = Vec::load(m + (i * kAlong + j) * m_plane);
+    transform(column, out);
     ADM_RT_UNROLL
-    for (int i = 0; i < kTile; ++i) down[i][j] = out[i];
+    for (int i = 0; i < kTileHeight; ++i) down[i][j] = out[i];
   }
   ADM_RT_UNROLL
-  for (int i = 0; i < kTile; ++i) {
-    Vec out[kTile];
-    transform<kTile>(down[i], out);
+  for (int i = 0; i < kTileHeight; ++i) {
+    Vec out[kTileWidth];
+    transform(down[i], out);
     ADM_RT_UNROLL
-    for (int j = 0; j < kTile; ++j) out[j].store(y + (i * kTile + j) * kWidth);
+    for (int j = 0; j < kTileWidth; ++j) out[j].store(y + (i * kTileWidth + j) * kWidth);
   }
 }
 
-template <int kTile, bool kResidual, bool kMoments>
+template <int kDown, int kAlong, bool kResidual, bool kMoments>
 void output_segment(const Conv3x3Shape& s, const Conv3x3Tensors& t, const Conv3x3Segment& segment,
                     const Channels& c, const float* m, int64_t m_plane, Moments* moments) {
+  constexpr int64_t kTileHeight = outputs_of(kDown), kTileWidth = outputs_of(kAlong);
   const Vec scale = Vec::set1(s.output_scale);
   float* y_image = t.y + segment.image * s.height * s.width * s.channels_out + c.first;
   const float* residual = nullptr;
@@ -113,19 +122,20 @@ void output_segment(const Conv3x3Shape& s, const Conv3x3Tensors& t, const Conv3x
     residual = t.residual + segment.image * s.residual_height * s.residual_width * s.channels_out +
                c.first;
   }
-  alignas(64) float out[kTile * kTile * kWidth];
+  alignas(64) float out[kTileHeight * kTileWidth * kWidth];
   Moments sums = {Vec::zero(), Vec::zero(), Vec::zero()};
   for (int64_t tile = 0; tile < segment.tiles; ++tile, m += s.m_row) {
     if (c.first % kConvChunk == 0) {
       // The next tile's lines: so many planes apart, the hardware fetches none ahead.
-      for (int plane = 0; plane < (kTile + 2) * (kTile + 2); ++plane) {
+      for (int plane = 0; plane < kDown * kAlong; ++plane) {
         __builtin_prefetch(m + s.m_row + plane * m_plane);
       }
     }
-    inverse<kTile>(m, m_plane, out);
-    const int64_t row0 = segment.row * kTile, column0 = (segment.column + tile) * kTile;
-    const int64_t rows = s.height - row0 < kTile ? s.height - row0 : kTile;
-    const int64_t columns = s.width - column0 < kTile ? s.width - column0 : kTile;
+    inverse<kDown, kAlong>(m, m_plane, out);
+    const int64_t row0 = segment.row * kTileHeight;
+    const int64_t column0 = (segment.column + tile) * kTileWidth;
+    const int64_t rows = s.height - row0 < kTileHeight ? s.height - row0 : kTileHeight;
+    const int64_t columns = s.width - column0 < kTileWidth ? s.width - column0 : kTileWidth;
     if (kMoments && tile == 0) {
       Vec first = Vec::load(out) + c.bias;
       if constexpr (kResidual) first = first + load_residual(s, residual, row0, column0, c.count);
@@ -134,7 +144,7 @@ void output_segment(const Conv3x3Shape& s, const Conv3x3Tensors& t, const Conv3x
     for (int64_t i = 0; i < rows; ++i) {
       float* y = y_image + ((row0 + i) * s.width + column0) * s.channels_out;
       for (int64_t j = 0; j < columns; ++j) {
-        Vec value = Vec::load(out + (i * kTile + j) * kWidth) + c.bias;
+        Vec value = Vec::load(out + (i * kTileWidth + j) * kWidth) + c.bias;
         if constexpr (kResidual) {
           value = value + load_residual(s, residual, row0 + i, column0 + j, c.count);
         }
@@ -151,7 +161,7 @@ void output_segment(const Conv3x3Shape& s, const Conv3x3Tensors& t, const Conv3x
   if constexpr (kMoments) *moments = sums;
 }
 
-template <int kTile>
+template <int kDown, int kAlong>
 void output(const Conv3x3Shape& s, const Conv3x3Tensors& t, const Conv3x3Block& block,
             int64_t chunk, int64_t begin, int64_t end) {
   const int64_t tiles_before = conv3x3_tiles_before(s, block.segment_begin);
@@ -165,17 +175,17 @@ void output(const Conv3x3Shape& s, const Conv3x3Tensors& t, const Conv3x3Block& 
       const float* m = block.m + tile * s.m_row + first;
       if (t.moments == nullptr) {
         if (t.residual == nullptr) {
-          output_segment<kTile, false, false>(s, t, segment, c, m, block.m_plane, nullptr);
+          output_segment<kDown, kAlong, false, false>(s, t, segment, c, m, block.m_plane, nullptr);
         } else {
-          output_segment<kTile, true, false>(s, t, segment, c, m, block.m_plane, nullptr);
+          output_segment<kDown, kAlong, true, false>(s, t, segment, c, m, block.m_plane, nullptr);
         }
         continue;
       }
       Moments sums;
       if (t.residual == nullptr) {
-        output_segment<kTile, false, true>(s, t, segment, c, m, block.m_plane, &sums);
+        output_segment<kDown, kAlong, false, true>(s, t, segment, c, m, block.m_plane, &sums);
       } else {
-        output_segment<kTile, true, true>(s, t, segment, c, m, block.m_plane, &sums);
+        output_segment<kDown, kAlong, true, true>(s, t, segment, c, m, block.m_plane, &sums);
       }
       const Vec share = Vec::set1(1.0f / static_cast<float>(conv3x3_segment_pixels(s, segment)));
       const Vec shift = sums.sum * share;
@@ -191,14 +201,9 @@ void output(const Conv3x3Shape& s, const Conv3x3Tensors& t, const Conv3x3Block& 
 
 void conv3x3_output(const Conv3x3Shape& s, const Conv3x3Tensors& t, const Conv3x3Block& block,
                     int64_t chunk, int64_t begin, int64_t end) {
-  switch (s.tile) {
-    case 2:
-      return output<2>(s, t, block, chunk, begin, end);
-    case 4:
-      return output<4>(s, t, block, chunk, begin, end);
-    case 6:
-      return output<6>(s, t, block, chunk, begin, end);
-  }
+  with_products(s.products_down, s.products_along, [&](auto kDown, auto kAlong) {
+    output<kDown, kAlong>(s, t, block, chunk, begin, end);
+  });
 }
 
 }  // namespace adm_rt::ADM_RT_ISA

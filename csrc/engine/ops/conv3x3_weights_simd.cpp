@@ -12,8 +12,9 @@ namespace {
 constexpr int64_t kLanes = 16;  // output channels at a time: arrays of them are vectorised
 
 // G g for a column or row of three, for kLanes channels.
-template <int kTile>
-inline void transform(const double (&g)[3][kLanes], double (&out)[kTile + 2][kLanes]) {
+template <int kProducts>
+inline void transform(const double (&g)[3][kLanes], double (&out)[kProducts][kLanes]) {
+  constexpr int kTile = outputs_of(kProducts);
   constexpr Winograd<kTile> w;
   for (int64_t j = 0; j < kLanes; ++j) {
     out[0][j] = w.weight_zero * g[0][j];
@@ -29,29 +30,39 @@ inline void transform(const double (&g)[3][kLanes], double (&out)[kTile + 2][kLa
   }
 }
 
-template <int kTile>
+// The same for an image that is up-sampled.
+inline void transform(const double (&g)[3][kLanes], double (&out)[kUpProducts][kLanes]) {
+  for (int64_t j = 0; j < kLanes; ++j) {
+    out[0][j] = -g[0][j];
+    out[1][j] = 0.5 * (g[0][j] + g[1][j] + g[2][j]);
+    out[2][j] = 0.5 * (g[0][j] - (g[1][j] + g[2][j]));
+    out[3][j] = 0.5 * (g[2][j] - (g[0][j] + g[1][j]));
+    out[4][j] = g[2][j];
+  }
+}
+
+template <int kDown, int kAlong>
 void weights_lanes(const float* weights, int64_t channels_in, int64_t lanes, float* packed,
                    int64_t panel_width, int64_t plane) {
-  constexpr int kSize = kTile + 2;
   for (int64_t k = 0; k < channels_in; ++k, packed += panel_width) {
     double g[3][3][kLanes] = {};  // [column][row]
     for (int64_t j = 0; j < lanes; ++j) {
       const float* from = weights + (j * channels_in + k) * 9;
       for (int i = 0; i < 9; ++i) g[i % 3][i / 3][j] = from[i];
     }
-    double down[kSize][3][kLanes];
+    double down[kDown][3][kLanes];
     for (int column = 0; column < 3; ++column) {
-      double out[kSize][kLanes];
-      transform<kTile>(g[column], out);
-      for (int i = 0; i < kSize; ++i) {
+      double out[kDown][kLanes];
+      transform(g[column], out);
+      for (int i = 0; i < kDown; ++i) {
         for (int64_t j = 0; j < kLanes; ++j) down[i][column][j] = out[i][j];
       }
     }
-    for (int i = 0; i < kSize; ++i) {
-      double out[kSize][kLanes];
-      transform<kTile>(down[i], out);
-      for (int column = 0; column < kSize; ++column) {
-        float* to = packed + (i * kSize + column) * plane;
+    for (int i = 0; i < kDown; ++i) {
+      double out[kAlong][kLanes];
+      transform(down[i], out);
+      for (int column = 0; column < kAlong; ++column) {
+        float* to = packed + (i * kAlong + column) * plane;
         for (int64_t j = 0; j < kLanes; ++j) to[j] = static_cast<float>(out[column][j]);
       }
     }
@@ -60,16 +71,16 @@ void weights_lanes(const float* weights, int64_t channels_in, int64_t lanes, flo
 
 }  // namespace
 
-void conv3x3_weights(int64_t tile, const float* weights, int64_t channels_in, int64_t channels_out,
-                     int64_t first, float* packed, int64_t plane) {
-  const int64_t panel_width = gemm_panel_width();
+void conv3x3_weights(const Conv3x3Shape& s, const float* weights, int64_t first, float* packed,
+                     int64_t plane) {
+  const int64_t panel_width = gemm_panel_width(), channels_in = s.channels1 + s.channels2;
   for (int64_t lane = 0; lane < panel_width; lane += kLanes) {
     const float* from = weights + (first + lane) * channels_in * 9;
-    int64_t lanes = channels_out - first - lane;
+    int64_t lanes = s.channels_out - first - lane;
     lanes = lanes < 0 ? 0 : lanes < kLanes ? lanes : kLanes;
-    if (tile == 2) weights_lanes<2>(from, channels_in, lanes, packed + lane, panel_width, plane);
-    if (tile == 4) weights_lanes<4>(from, channels_in, lanes, packed + lane, panel_width, plane);
-    if (tile == 6) weights_lanes<6>(from, channels_in, lanes, packed + lane, panel_width, plane);
+    with_products(s.products_down, s.products_along, [&](auto kDown, auto kAlong) {
+      weights_lanes<kDown, kAlong>(from, channels_in, lanes, packed + lane, panel_width, plane);
+    });
   }
 }
 

@@ -50,6 +50,20 @@ void activate_all(int64_t rows, int64_t channels, const float* x, int64_t ldx, c
   }
 }
 
+template <bool kResidual>
+void finish_all(int64_t rows, int64_t channels, float* y, int64_t ldy, const float* bias,
+                const float* residual, int64_t ldr, float scale) {
+  const Vec factor = Vec::set1(scale);
+  for (int64_t r = 0; r < rows; ++r, y += ldy) {
+    for (int64_t c = 0; c < channels; c += kWidth) {
+      const int64_t n = channels - c;
+      Vec v = load_up_to(y + c, n) + (bias == nullptr ? Vec::zero() : load_up_to(bias + c, n));
+      if constexpr (kResidual) v = v + load_up_to(residual + r * ldr + c, n);
+      store_up_to(v * factor, y + c, n);
+    }
+  }
+}
+
 // Sums of x - pilot and of its square over the rows, where pilot is the first row.
 struct BlockSums {
   float sum[kMomentChannels];
@@ -130,21 +144,10 @@ void activate_rows(int64_t rows, int64_t channels, const float* x, int64_t ldx, 
 void finish_rows(int64_t rows, int64_t channels, float* y, int64_t ldy, const float* bias,
                  const float* residual, int64_t ldr, float scale) {
   if (bias == nullptr && residual == nullptr && scale == 1.0f) return;
-  const Vec factor = Vec::set1(scale);
-  for (int64_t c = 0; c < channels; c += kWidth) {
-    const int64_t n = channels - c;
-    const Vec constant = bias == nullptr ? Vec::zero() : load_up_to(bias + c, n);
-    float* row = y + c;
-    if (residual == nullptr) {
-      for (int64_t r = 0; r < rows; ++r, row += ldy) {
-        store_up_to((load_up_to(row, n) + constant) * factor, row, n);
-      }
-      continue;
-    }
-    const float* other = residual + c;
-    for (int64_t r = 0; r < rows; ++r, row += ldy, other += ldr) {
-      store_up_to((load_up_to(row, n) + constant + load_up_to(other, n)) * factor, row, n);
-    }
+  if (residual == nullptr) {
+    finish_all<false>(rows, channels, y, ldy, bias, residual, ldr, scale);
+  } else {
+    finish_all<true>(rows, channels, y, ldy, bias, residual, ldr, scale);
   }
 }
 

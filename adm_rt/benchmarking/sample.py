@@ -2,8 +2,8 @@
 
 Every contender is a process of its own with the same weights, inputs, cores and allocator
 settings. Outputs are compared with those of the eager published code first; then requests are
-timed one at a time, in rounds whose order alternates. Nothing here imports torch. On a GPU it is
-``cuda_sample``.
+timed one at a time, each after one of its own that does not count, in rounds whose order
+alternates. Nothing here imports torch. On a GPU it is ``cuda_sample``.
 """
 
 from __future__ import annotations
@@ -261,7 +261,7 @@ def _case_rows(model, case, workers, folders, args):
         try:
             outputs[name] = worker.call("prepare", *work)
             _check(name, outputs[name], outputs["eager"])
-            once = worker.call("sample", 1, args.clock)
+            once = worker.call("sample", 1, args.clock, False)
         except WorkerError as error:
             _failed(name, f"{case.name}: {error}", args)
             outputs.pop(name, None)
@@ -269,7 +269,8 @@ def _case_rows(model, case, workers, folders, args):
         repeats[name] = int(min(100, max(1, round(_SAMPLE_SECONDS / max(once, 1e-6)))))
     racing = {name: workers[name] for name in repeats}
     before = {name: worker.call("usage") for name, worker in racing.items()}
-    samples = _race(racing, repeats, args)
+    warm = case.kind != "sample"  # which is many steps already
+    samples = _race(racing, repeats, args, warm)
     usage = {name: worker.call("usage") for name, worker in racing.items()}
     measured = {}
     for name in racing:
@@ -280,7 +281,7 @@ def _case_rows(model, case, workers, folders, args):
             "errors": errors(outputs[name], outputs["eager"]),
             "exact": None if exact is None else errors(outputs[name], exact),
             "memory_mb": usage[name]["peak_mb"],
-            "faults": faults / (repeats[name] * args.rounds),
+            "faults": faults / ((repeats[name] + warm) * args.rounds),
             "isa": usage[name]["isa"],
         }
     _table(model, case, measured)
@@ -307,14 +308,14 @@ def _exact(case, cfg, arrays, folders, args):
         return worker.call("exact", case.kind, cfg, arrays, folders)
 
 
-def _race(workers, repeats, args):
+def _race(workers, repeats, args, warm):
     """name -> seconds per request of each round."""
     samples = {name: [] for name in workers}
     for turn in range(args.rounds):
         for name in list(workers) if turn % 2 == 0 else reversed(list(workers)):
             if args.thread_count > 1:
                 time.sleep(0.05)  # the threads of the one before have stopped spinning
-            samples[name].append(workers[name].call("sample", repeats[name], args.clock))
+            samples[name].append(workers[name].call("sample", repeats[name], args.clock, warm))
     return samples
 
 

@@ -138,9 +138,15 @@ class _Server:
 
         return float64.output(kind, cfg, arrays, folders)
 
-    def sample(self, repeats, clock="wall"):
-        """Seconds per request: of the wall, or of the processor in all threads of the process."""
+    def sample(self, repeats, clock="wall", warm=True):
+        """Seconds per request: of the wall, or of the processor in all threads of the process.
+
+        warm: after one that does not count. A sampler's requests follow one another; what other
+        processes did meanwhile has taken the caches.
+        """
         now = {"wall": time.perf_counter, "cpu": time.process_time}[clock]
+        if warm:
+            self._request()
         begin = now()
         for _ in range(repeats):
             self._request()

@@ -312,3 +312,17 @@ def test_each_request_has_a_timestep_of_its_own():
     forward(), forward(), forward()
     middle = float(workloads.diffusion_of(cfg).timestep_map[workloads.MIDDLE])
     assert seen == pytest.approx([middle, middle + 1e-3, middle + 2e-3], abs=1e-9)
+
+
+@pytest.mark.parametrize("warm", [True, False])
+def test_a_warm_request_comes_first_and_is_not_timed(warm, monkeypatch):
+    server, seconds, calls = worker._Server(), [0.0], []
+
+    def request():
+        calls.append(1)
+        seconds[0] += 10.0 if len(calls) == 1 else 1.0  # the first is the slow one
+
+    server._request = request
+    monkeypatch.setattr(worker.time, "perf_counter", lambda: seconds[0])
+    assert server.sample(2, "wall", warm) == (1.0 if warm else 5.5)
+    assert len(calls) == 2 + warm

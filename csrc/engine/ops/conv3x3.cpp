@@ -35,7 +35,8 @@ constexpr int64_t kTilesPerWeightRead = 9;
 // most exact tile, F(2x2).
 constexpr int64_t kFewChannelsOut = 16;
 constexpr int64_t kFewChannelsIn = 32;
-// F(4x2), the tile of 8x8 images, only for more input channels than these.
+// F(4x2), the tile of 8x8 images, only for more input channels than these: small networks, whose
+// errors are nearest to that bound, keep F(2x2) there.
 constexpr int64_t kFewChannelsIn4x2 = 128;
 // F(6x6) only on images of this size.
 constexpr int64_t kMinFastEdge = 64;

@@ -22,10 +22,12 @@ constexpr int kVecs = 2;
 constexpr int64_t kPanel = kVecs * Vec::kWidth;
 constexpr int64_t kLine = 16;  // floats per cache line
 
-// How B is fetched ahead. With many tiles over a panel: now and then, to the first-level cache, for
-// the next visit. With few, products wait for B's memory: with every step, to the second-level
-// cache, for which more lines can be under way. Two panels of wide vectors fit no first level.
-constexpr int64_t kFewTiles = ADM_RT_ISA_LEVEL == 2 ? INT64_MAX : ADM_RT_ISA_LEVEL == 1 ? 3 : 0;
+// How B is fetched ahead. With many tiles over a panel: now and then, for the next visit, to the
+// first-level cache, which two panels of wide vectors do not fit. With few, products wait for B's
+// memory: with every few steps, to the second-level cache, for which more lines can be under way.
+constexpr int64_t kFewTiles = ADM_RT_ISA_LEVEL > 0 ? 3 : 0;
+constexpr int64_t kFewSteps = 4;
+constexpr int kFetchTo = ADM_RT_ISA_LEVEL == 2 ? 2 : 3;       // __builtin_prefetch's locality
 constexpr int64_t kFewAhead = ADM_RT_ISA_LEVEL == 2 ? 1 : 2;  // visits
 // From so many rows on there are two tiles: one alone is better left to the hardware's fetching,
 // and that gives two thirds of the speed. Narrow vectors need all rows to hide an addition's
@@ -52,7 +54,7 @@ struct Tile {
   const float* b;
   const float* next_a;  // the rows of the following tile, prefetched on the way
   const float* next_b;  // what follows in B and is this tile's to prefetch
-  int64_t next_b_step;  // floats of it per step, or per kLine steps
+  int64_t next_b_step;  // floats of it per kLine steps, or per kFewSteps
   float* c;
   int64_t ldc;
   int64_t columns;  // of C, <= kPanel
@@ -76,7 +78,8 @@ inline void write(Vec sum, float* c, int64_t columns) {
   }
 }
 
-// All of this is inlined: a call per tile would cost 4%.
+// All of this is inlined: a call per tile would cost 4%. Instructions beside those of the products
+// are few: integer ones take their ports.
 //
 // One vector per row when the panel's second half is empty. Chains of one visit are added up on
 // the stack, while the next one is under way.
@@ -101,8 +104,16 @@ template <int kRows, int kColumns, bool kFew>
     c##i##0 = mul_add(x, b0, c##i##0);                             \
     if constexpr (kColumns > 1) c##i##1 = mul_add(x, b1, c##i##1); \
   }
+#define ADM_RT_STEPS(begin, count)                                                   \
+  for (int64_t j = 0; j < count; ++j) {                                              \
+    const int64_t k = begin + j;                                                     \
+    const Vec b0 = Vec::load(b);                                                     \
+    [[maybe_unused]] const Vec b1 = Vec::load(b + (kColumns > 1 ? Vec::kWidth : 0)); \
+    b += kPanel;                                                                     \
+    ADM_RT_FOR_ROWS(ADM_RT_STEP)                                                     \
+  }
 #define ADM_RT_PREFETCH(i) \
-  if constexpr (i < kRows) __builtin_prefetch(t.next_a + i * lda + k0);
+  if constexpr (i < kRows) __builtin_prefetch(a##i + (k0 + to_next));
 // A chain onto the sum of those before it.
 #define ADM_RT_ADD(i)                                                             \
   if constexpr (i < kRows) {                                                      \
@@ -133,6 +144,7 @@ template <int kRows, int kColumns, bool kFew>
   }
 
   ADM_RT_FOR_ROWS(ADM_RT_ROW)
+  const int64_t to_next = t.next_a - t.a;
   bool first = true;  // chain of this visit
   int64_t k0 = 0;
   while (true) {
@@ -141,22 +153,32 @@ template <int kRows, int kColumns, bool kFew>
     for (; k0 < chain_end; k0 += kLine) {
       ADM_RT_FOR_ROWS(ADM_RT_PREFETCH)
       if constexpr (!kFew) {
-        for (const float* end = next_b + step; next_b < end; next_b += kLine) {
-          __builtin_prefetch(next_b);
+        __builtin_prefetch(next_b, 0, kFetchTo);
+        __builtin_prefetch(next_b + kLine, 0, kFetchTo);
+        for (int64_t i = 2 * kLine; i < step; i += kLine) {
+          __builtin_prefetch(next_b + i, 0, kFetchTo);
         }
+        next_b += step;
       }
-      const int64_t end = chain_end - k0 < kLine ? chain_end : k0 + kLine;
-#pragma GCC unroll 4
-      for (int64_t k = k0; k < end; ++k) {
-        const Vec b0 = Vec::load(b);
-        [[maybe_unused]] const Vec b1 = Vec::load(b + (kColumns > 1 ? Vec::kWidth : 0));
-        if constexpr (kFew) {
+      const int64_t rest = chain_end - k0;
+      if (rest < kLine) {
+#pragma GCC unroll 1
+        ADM_RT_STEPS(k0, rest)
+      } else if constexpr (kFew) {
+        for (int64_t k1 = k0; k1 < k0 + kLine; k1 += kFewSteps) {
           __builtin_prefetch(next_b, 0, 2);
-          if constexpr (kPanel > kLine) __builtin_prefetch(next_b + kLine, 0, 2);
+          __builtin_prefetch(next_b + kLine, 0, 2);
+          if constexpr (kPanel > kLine) {
+            __builtin_prefetch(next_b + 2 * kLine, 0, 2);
+            __builtin_prefetch(next_b + 3 * kLine, 0, 2);
+          }
           next_b += step;
+#pragma GCC unroll 4
+          ADM_RT_STEPS(k1, kFewSteps)
         }
-        b += kPanel;
-        ADM_RT_FOR_ROWS(ADM_RT_STEP)
+      } else {
+#pragma GCC unroll 8
+        ADM_RT_STEPS(k0, kLine)
       }
     }
     k0 = chain_end;
@@ -174,6 +196,7 @@ template <int kRows, int kColumns, bool kFew>
 #undef ADM_RT_ROW
 #undef ADM_RT_START
 #undef ADM_RT_STEP
+#undef ADM_RT_STEPS
 #undef ADM_RT_PREFETCH
 #undef ADM_RT_ADD
 #undef ADM_RT_KEEP
@@ -257,18 +280,18 @@ void gemm(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const fl
       // As much of B as this visit reads, later than that: the first tiles fetch a share each.
       const int64_t floats = t.depth * kPanel;
       const float* next_b = t.b + (few ? kFewAhead : 1) * floats;
-      const int64_t turns = few ? t.depth : ceil_div(t.depth, kLine);  // of a tile
-      const int64_t step = ceil_div(floats, tiles * turns);
-      const int64_t share = (few ? step : ceil_div(step, kLine) * kLine) * turns;
+      const int64_t turns = ceil_div(t.depth, few ? kFewSteps : kLine);  // of a tile
+      const int64_t even = ceil_div(floats, tiles * turns);
+      const int64_t step = few ? even : ceil_div(even, kLine) * kLine;
       int64_t row = 0;
       for (int64_t tile = 0; tile < tiles; ++tile) {
         const int64_t end = m * (tile + 1) / tiles;
         t.a = a + row * lda + k0;
         // Behind the last rows: the first ones again, for the next block of k or the next panel.
         t.next_a = tile + 1 < tiles ? a + end * lda + k0 : a;
-        const bool fetches = tiles > 1 && tile * share < floats;
-        t.next_b = fetches ? next_b + tile * share : t.b;
-        t.next_b_step = fetches ? share / turns : 0;
+        const bool fetches = tiles > 1 && tile * step * turns < floats;
+        t.next_b = fetches ? next_b + tile * step * turns : t.b;
+        t.next_b_step = fetches ? step : 0;
         t.c = c + row * ldc + column;
         const float* stop =
             following_end - following < following_step ? following_end : following + following_step;

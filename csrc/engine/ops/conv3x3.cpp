@@ -22,9 +22,9 @@
 namespace adm_rt::engine {
 namespace {
 
-// Tiles of a block: the weights are read once per block, while V and M stay near. A multiple of the
-// rows of every microkernel.
-constexpr int64_t kBlockTiles = 48;
+// Tiles of a block, at most: the weights are read once per block, while V and M stay near. Blocks
+// are equal, or the last one would read all weights for a few tiles.
+constexpr int64_t kBlockTiles = 64;
 // Threads take equal blocks of their own when those have so many tiles.
 constexpr int64_t kMinBlockTiles = 24;
 // As many tiles as this take no longer than reading the transformed weights from memory.
@@ -230,9 +230,8 @@ class Conv3x3 : public Op {
     if (own_blocks) blocks = std::min(shared_out, segments);
     const auto run_blocks = [&](int64_t begin, int64_t end) {
       for (int64_t block = begin; block < end; ++block) {
-        const int64_t first = own_blocks ? segments * block / blocks : block * block_segments;
-        const int64_t last = own_blocks ? segments * (block + 1) / blocks : first + block_segments;
-        run_block(t, context.packed, first, std::min(last, segments), own_blocks ? 1 : threads);
+        run_block(t, context.packed, segments * block / blocks, segments * (block + 1) / blocks,
+                  own_blocks ? 1 : threads);
       }
     };
     if (own_blocks) {

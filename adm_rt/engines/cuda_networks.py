@@ -19,6 +19,7 @@ import torch.nn.functional as F
 
 from adm_rt import ops
 from adm_rt.engines.base import LOSS_SCALES
+from adm_rt.models.blocks import timestep_frequencies
 from adm_rt.models.checkpoint import module_of
 from adm_rt.models.classifier_gradient import ClassifierGradient
 from adm_rt.models.structure import (
@@ -55,9 +56,7 @@ class CudaUNet:
         for name in state:
             if name not in place.placed:
                 self._weights[name] = place.placed_as_it_is(name)
-        half = self.cfg.num_channels // 2
-        positions = torch.arange(half, dtype=torch.float32, device=device)
-        self._frequencies = torch.exp(-math.log(10000) * positions / half)
+        self._frequencies = timestep_frequencies(self.cfg.num_channels // 2, device)
 
     def __call__(self, x, t, y=None, low_res=None):
         """x [N, C, S, S] float32; t [N] float32; y, low_res as the module's -> [N, C or 2C, S, S]

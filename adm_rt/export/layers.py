@@ -86,9 +86,12 @@ class NetworkGraph(GraphBuilder):
         with self.scope("time_embed"):
             half = self.cfg.num_channels // 2
             exponents = np.arange(half, dtype=np.float32) * np.float32(-math.log(_MAX_PERIOD))
-            frequencies = self.constant(np.exp(exponents / half)[None], "float32")
+            # float64: as models.blocks.timestep_frequencies
+            frequencies = np.exp((exponents / half).astype(np.float64))
             angles = self.op(
-                "Mul", self.op("Unsqueeze", t, self.constant([1], "int64")), frequencies
+                "Mul",
+                self.op("Unsqueeze", t, self.constant([1], "int64")),
+                self.constant(frequencies[None], "float32"),
             )
             h = self.op("Concat", self.op("Cos", angles), self.op("Sin", angles), axis=1)
             if self.cfg.num_channels % 2:

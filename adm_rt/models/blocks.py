@@ -35,13 +35,20 @@ def zero_module(module):
     return module
 
 
+def timestep_frequencies(half, device=None, max_period=10000):
+    """max_period^(-i / half) for i < half, [half] float32, the same bits on every processor.
+
+    float32 exponents as in the published code, but a float64 exp: torch's float32 one gives other
+    neighbours on other processors, and an angle is up to 1000 of these, so that one unit in the
+    last place would outweigh the rounding of all the rest of a network.
+    """
+    positions = torch.arange(half, dtype=torch.float32, device=device)
+    return torch.exp((-math.log(max_period) * positions / half).double()).float()
+
+
 def timestep_embedding(t, dim, max_period=10000):
     """Sinusoidal embedding of t [N] (fractional allowed) -> [N, dim] float32, cosines first."""
-    half = dim // 2
-    frequencies = torch.exp(
-        -math.log(max_period) * torch.arange(half, dtype=torch.float32, device=t.device) / half
-    )
-    angles = t[:, None].float() * frequencies[None]
+    angles = t[:, None].float() * timestep_frequencies(dim // 2, t.device, max_period)[None]
     embedding = torch.cat([torch.cos(angles), torch.sin(angles)], dim=-1)
     return F.pad(embedding, (0, dim % 2))
 

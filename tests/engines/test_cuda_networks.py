@@ -95,7 +95,9 @@ def test_in_16_bits_it_is_as_good_as_the_published_form(dtype, flags):
 def test_the_gradient(pool, flags):
     classifier = tiny_network("classifier", seed=3, pool=pool, **flags)
     x, t, y, _ = inputs(classifier.cfg)
+    # "spatial" has ReLUs; one that switches on a rounding, other ones on other processors, is 5%.
     budget = {torch.float32: 1e-5, torch.bfloat16: 0.1, torch.float16: 0.02}
+    budget[torch.float16] *= 5 if pool == "spatial" else 1
     with torch.no_grad():
         expected = ClassifierGradient(classifier)(x, t, y)
         for dtype, limit in budget.items():

@@ -11,24 +11,12 @@ namespace {
 
 constexpr double kMaxPeriod = 10000.0;
 
-// e^x is rounded to the nearest float, as PyTorch does on a CPU but for these two of the embeddings
-// that are 64 k wide. They are as good as ties, but an angle is up to 1000 of them: the other
-// neighbour would outweigh the rounding of all the rest of a network.
-constexpr float kTorchExp[][2] = {{-0x1.ba18aap-1f, 0x1.afd136p-2f},
-                                  {-0x1.e825e6p+2f, 0x1.fe9f5ap-12f}};
-
-float frequency(float exponent) {
-  for (const auto& known : kTorchExp) {
-    if (exponent == known[0]) return known[1];
-  }
-  return static_cast<float>(std::exp(static_cast<double>(exponent)));
-}
-
 // Input t {1, 1, 1}, fractions allowed. Output out {1, 1, dim}: cos(t f_i) for i < dim / 2, then
 // sin(t f_i), then 0 when dim is odd; f_i = 10000^(-i / (dim / 2)).
 //
-// Frequencies and angles are rounded to float32 like those of the networks in training: an angle
-// reaches 1000, where that rounding weighs 3e-5, and the weights have learned it.
+// Frequencies and angles are rounded to float32 like those of the networks in training (f_i from a
+// float32 exponent, rounded once: models.blocks.timestep_frequencies): an angle reaches 1000, where
+// that rounding weighs 3e-5, and the weights have learned it.
 class TimestepEmbedding : public Op {
  public:
   explicit TimestepEmbedding(const OpArguments& arguments)
@@ -43,7 +31,7 @@ class TimestepEmbedding : public Op {
     const float log_period = static_cast<float>(-std::log(kMaxPeriod));
     for (int64_t i = 0; i < half; ++i) {
       const float exponent = log_period * static_cast<float>(i) / static_cast<float>(half);
-      frequencies_.push_back(frequency(exponent));
+      frequencies_.push_back(static_cast<float>(std::exp(static_cast<double>(exponent))));
     }
   }
 

@@ -22,8 +22,8 @@
 namespace adm_rt::engine {
 namespace {
 
-// Tiles of a block, at most: the weights are read once per block, while V and M stay near. Blocks
-// are equal, or the last one would read all weights for a few tiles.
+// Tiles of a block, up to a strip more or less: the weights are read once per block, while V and M
+// stay near. Blocks are equal, or the last one would read all weights for a few tiles.
 constexpr int64_t kBlockTiles = 64;
 // Threads take equal blocks of their own when those have so many tiles.
 constexpr int64_t kMinBlockTiles = 24;

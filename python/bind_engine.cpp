@@ -51,15 +51,13 @@ class PackedWeights {
  public:
   explicit PackedWeights(size_t bytes) : block_(bytes) {}
   PackedWeights(const std::string& path, size_t offset, size_t bytes)
-      : block_(path, offset, bytes), read_only_(true) {}
+      : block_(path, offset, bytes) {}
 
   float* floats() const { return block_.floats(); }
   const MemoryBlock& block() const { return block_; }
-  bool read_only() const { return read_only_; }
 
  private:
   MemoryBlock block_;
-  bool read_only_ = false;
 };
 
 // Raises KeyboardInterrupt (or what a signal handler raises) from inside a run. Only now and then:
@@ -115,7 +113,6 @@ std::vector<double> run_plan(const Plan& plan, int64_t batch, const Arrays& inpu
 }
 
 void pack_op(const Plan& plan, int op, const Arrays& weights, const PackedWeights& blob) {
-  if (blob.read_only()) throw_invalid_argument("weights mapped from a file cannot be packed into");
   if (blob.block().bytes() < plan.packed_bytes()) {
     throw_invalid_argument("weights have too few bytes: ", blob.block().bytes());
   }
@@ -253,7 +250,8 @@ void bind_engine(py::module_& module) {
       module, "PackedWeights", py::buffer_protocol(), "Packed weights of a plan, as bytes.")
       .def(py::init<size_t>(), arg("bytes"), "Zeroed memory; MemoryError when there is none.")
       .def(py::init<const std::string&, size_t, size_t>(), arg("path"), arg("offset"), arg("bytes"),
-           "Mapped from a file; RuntimeError when it is too short or unreadable.")
+           py::call_guard<py::gil_scoped_release>(),
+           "Read from a file; RuntimeError when it is too short or unreadable.")
       .def(
           "checksum",
           [](const PackedWeights& w) {
@@ -264,7 +262,7 @@ void bind_engine(py::module_& module) {
       .def_property_readonly("nbytes", [](const PackedWeights& w) { return w.block().bytes(); })
       .def_buffer([](PackedWeights& w) {
         return py::buffer_info(static_cast<uint8_t*>(w.block().data()),
-                               static_cast<py::ssize_t>(w.block().bytes()), w.read_only());
+                               static_cast<py::ssize_t>(w.block().bytes()));
       });
 
   py::class_<Plan>(module, "Plan", "See csrc/engine/plan.h. Shapes are (height, width, channels).")

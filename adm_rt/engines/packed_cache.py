@@ -3,9 +3,9 @@
 A cache file is a header of JSON and the blobs of a model's plans, each from a page's start. Its
 name is a hash of everything that decides its bytes: the weights' digest, the network's flags, the
 ops and their sizes, the instruction set, the version of the packed format. It is written beside its
-place and renamed, read by mapping it, and checked by a checksum of every blob; one that is damaged
+place and renamed, read on all threads, and checked by a checksum of every blob; one that is damaged
 is made again. Together the files take ``limit_bytes()`` at most: those that were not used for
-longest make room for a new one. (A process that has mapped one keeps it.)
+longest make room for a new one.
 """
 
 from __future__ import annotations
@@ -137,11 +137,11 @@ def _load_or_pack(model, key, plans):
     folder = cache_folder() if total >= MIN_CACHED_BYTES else None
     path = None if folder is None else folder / f"{key[:40]}{_SUFFIX}"
     limit = limit_bytes()
+    require_memory(total, "the packed weights")
     if path is not None:
         blobs = _read(path, key, plans)
         if blobs is not None:
             return PackedPlans(plans, blobs, _note(path, total))
-    require_memory(total, "the packed weights")
     weights = model.state_dict()
     blobs = {}
     for name, lowered in plans.items():
@@ -231,7 +231,7 @@ def _write(path, key, blobs):
 
 
 def _read(path, key, plans):
-    """The mapped blobs, or None when there is no such file or it is damaged."""
+    """The blobs, or None when there is no such file or it is damaged."""
     places, size = _layout({name: lowered.plan.packed_bytes for name, lowered in plans.items()})
     try:
         with open(path, "rb") as file:

@@ -3,7 +3,6 @@
 #include <fcntl.h>
 #include <pthread.h>
 #include <sys/mman.h>
-#include <sys/stat.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -14,6 +13,8 @@
 #include <stdexcept>
 #include <utility>
 #include <vector>
+
+#include "common/thread_pool.h"
 
 namespace adm_rt::engine {
 namespace {
@@ -37,6 +38,20 @@ void* map_anonymous(size_t bytes) {
   if (tail > 0) munmap(aligned + bytes, tail);
   madvise(aligned, bytes, MADV_HUGEPAGE);  // a wish: small pages work too
   return aligned;
+}
+
+constexpr size_t kReadBytes = size_t{8} << 20;
+
+void read_file(int file, const std::string& path, size_t offset, char* to, size_t bytes) {
+  while (bytes > 0) {
+    const ssize_t count = pread(file, to, bytes, static_cast<off_t>(offset));
+    if (count < 0 && errno == EINTR) continue;
+    if (count < 0) throw std::runtime_error("cannot read " + path + ": " + std::strerror(errno));
+    if (count == 0) throw std::runtime_error(path + " is truncated");
+    offset += static_cast<size_t>(count);
+    to += count;
+    bytes -= static_cast<size_t>(count);
+  }
 }
 
 // Leaked on purpose: threads may still be running when the program ends.
@@ -70,24 +85,22 @@ MemoryBlock::MemoryBlock(size_t bytes) : bytes_(bytes) {
   data_ = map_anonymous(mapped_);
 }
 
-MemoryBlock::MemoryBlock(const std::string& path, size_t offset, size_t bytes) : bytes_(bytes) {
+MemoryBlock::MemoryBlock(const std::string& path, size_t offset, size_t bytes)
+    : MemoryBlock(bytes) {
   const int file = open(path.c_str(), O_RDONLY | O_CLOEXEC);
   if (file < 0) throw std::runtime_error("cannot open " + path + ": " + std::strerror(errno));
-  struct stat status;
-  if (fstat(file, &status) != 0 || static_cast<size_t>(status.st_size) < offset + bytes) {
+  try {
+    const int64_t chunks = static_cast<int64_t>((bytes + kReadBytes - 1) / kReadBytes);
+    parallel_for(chunks, 1, [&](int64_t begin, int64_t end) {
+      const size_t first = static_cast<size_t>(begin) * kReadBytes;
+      const size_t last = std::min(bytes, static_cast<size_t>(end) * kReadBytes);
+      read_file(file, path, offset + first, static_cast<char*>(data_) + first, last - first);
+    });
+  } catch (...) {
     close(file);
-    throw std::runtime_error(path + " is truncated");
+    throw;
   }
-  mapped_ = std::max<size_t>(bytes, 1);
-  data_ = mmap(nullptr, mapped_, PROT_READ, MAP_PRIVATE, file, static_cast<off_t>(offset));
-  const int error = errno;
   close(file);
-  if (data_ == MAP_FAILED) {
-    data_ = nullptr;
-    throw std::runtime_error("cannot map " + path + ": " + std::strerror(error));
-  }
-  madvise(data_, mapped_, MADV_HUGEPAGE);
-  madvise(data_, mapped_, MADV_WILLNEED);
 }
 
 MemoryBlock::~MemoryBlock() {

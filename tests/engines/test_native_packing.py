@@ -10,7 +10,7 @@ import pytest
 from native_cases import inputs_of
 from tiny_models import tiny_network
 
-from adm_rt import engines
+from adm_rt import _C, engines
 from adm_rt.engines import packed_cache
 from adm_rt.errors import CheckpointError
 from adm_rt.models import ModelConfig, load_weights, save_model
@@ -190,3 +190,18 @@ def test_module_and_folder_give_the_same_bits(model):
 
     theirs = native_to_torch.denoise(torch.from_numpy(x), 12.5, torch.from_numpy(y)).numpy()
     assert np.abs(theirs - answer(model)[0]).max() < 1e-4
+
+
+def test_a_file_is_read_whole_or_refused(tmp_path):
+    """More than one thread's share of it, from an odd place."""
+    bytes_ = np.random.default_rng(0).integers(0, 256, 20_000_003, np.uint8)
+    file = tmp_path / "blob"
+    file.write_bytes(bytes_.tobytes())
+    blob = _C.PackedWeights(str(file), 4096, 19_995_904)
+    assert np.array_equal(np.frombuffer(blob, np.uint8), bytes_[4096:20_000_000])
+    file.write_bytes(b"")  # who has read it keeps it
+    assert np.array_equal(np.frombuffer(blob, np.uint8), bytes_[4096:20_000_000])
+    with pytest.raises(RuntimeError, match="blob is truncated"):
+        _C.PackedWeights(str(file), 4096, 8)
+    with pytest.raises(RuntimeError, match="cannot open .*absent: No such file"):
+        _C.PackedWeights(str(tmp_path / "absent"), 0, 8)

@@ -14,9 +14,9 @@ class MemoryBlock {
  public:
   MemoryBlock() = default;
   explicit MemoryBlock(size_t bytes);
-  // Filled with `bytes` bytes of a file from `offset`, on all threads: a mapping would not copy,
-  // but its small pages, wherever the file happens to lie, make a run 5 to 15% slower. Throws
-  // std::runtime_error when the file cannot be read or is too short.
+  // Filled with `bytes` bytes of a file from `offset`, on all threads. A mapping would not copy,
+  // but its pages are where and as small as the file's cache has them: runs were 5 to 15% slower.
+  // Throws std::runtime_error when the file cannot be read or is too short.
   MemoryBlock(const std::string& path, size_t offset, size_t bytes);
   ~MemoryBlock();
   MemoryBlock(MemoryBlock&& other) noexcept;

@@ -10,6 +10,7 @@ namespace adm_rt::ADM_RT_ISA {
 namespace {
 
 constexpr int64_t kWidth = Vec::kWidth;
+constexpr int64_t kVecs = kConvChunk / kWidth;
 
 // A' m for one column or row of a tile.
 template <int kTile>
@@ -43,11 +44,11 @@ inline void transform(const Vec (&m)[kUpProducts], Vec (&y)[4]) {
   y[3] = (m[1] - m[3]) + m[4];
 }
 
-// One vector of channels of one segment.
+// The 16 channels at hand.
 struct Channels {
   int64_t first;
-  int64_t count;  // <= kWidth
-  Vec bias;
+  int64_t count;  // <= kConvChunk
+  Vec bias[kVecs];
 };
 
 inline Vec load_channels(const float* p, int64_t count) {
@@ -80,6 +81,25 @@ inline Vec load_residual(const Conv3x3Shape& s, const float* image, int64_t row,
     }
   }
   return load_channels(image + (row * s.width + column) * channels, count);
+}
+
+// What the next tile reads and writes: its lines are so far apart that the hardware fetches none
+// ahead. `row`, `column`: its first pixel.
+template <int kDown, int kAlong, bool kResidual>
+inline void fetch_tile(const Conv3x3Shape& s, const float* m, int64_t m_plane, const float* y_image,
+                       const float* residual, int64_t row, int64_t column) {
+  for (int64_t plane = 0; plane < kDown * kAlong; ++plane) __builtin_prefetch(m + plane * m_plane);
+  if (column >= s.width) return;
+  const int64_t below = s.height - row;
+  for (int64_t i = 0; i < outputs_of(kDown) && i < below; ++i) {
+    const int64_t pixel = ((row + i) * s.width + column) * s.channels_out;
+    for (int64_t j = 0; j < outputs_of(kAlong); ++j) {
+      __builtin_prefetch(y_image + pixel + j * s.channels_out, 0, 2);
+      if (kResidual && s.residual_resample == Resample::kNone) {
+        __builtin_prefetch(residual + pixel + j * s.channels_out);
+      }
+    }
+  }
 }
 
 // Sums of (y - pilot) and its square, where the pilot is the segment's first value.
@@ -123,76 +143,86 @@ void output_segment(const Conv3x3Shape& s, const Conv3x3Tensors& t, const Conv3x
                c.first;
   }
   alignas(64) float out[kTileHeight * kTileWidth * kWidth];
-  Moments sums = {Vec::zero(), Vec::zero(), Vec::zero()};
+  const int64_t row0 = segment.row * kTileHeight;
+  const int64_t rows = s.height - row0 < kTileHeight ? s.height - row0 : kTileHeight;
+  Moments sums[kVecs];
   for (int64_t tile = 0; tile < segment.tiles; ++tile, m += s.m_row) {
-    if (c.first % kConvChunk == 0) {
-      // The next tile's lines: so many planes apart, the hardware fetches none ahead.
-      for (int plane = 0; plane < kDown * kAlong; ++plane) {
-        __builtin_prefetch(m + s.m_row + plane * m_plane);
-      }
-    }
-    inverse<kDown, kAlong>(m, m_plane, out);
-    const int64_t row0 = segment.row * kTileHeight;
     const int64_t column0 = (segment.column + tile) * kTileWidth;
-    const int64_t rows = s.height - row0 < kTileHeight ? s.height - row0 : kTileHeight;
     const int64_t columns = s.width - column0 < kTileWidth ? s.width - column0 : kTileWidth;
-    if (kMoments && tile == 0) {
-      Vec first = Vec::load(out) + c.bias;
-      if constexpr (kResidual) first = first + load_residual(s, residual, row0, column0, c.count);
-      sums = {first * scale, Vec::zero(), Vec::zero()};
-    }
-    for (int64_t i = 0; i < rows; ++i) {
-      float* y = y_image + ((row0 + i) * s.width + column0) * s.channels_out;
-      for (int64_t j = 0; j < columns; ++j) {
-        Vec value = Vec::load(out + (i * kTileWidth + j) * kWidth) + c.bias;
+    fetch_tile<kDown, kAlong, kResidual>(s, m + s.m_row, m_plane, y_image, residual, row0,
+                                         column0 + kTileWidth);
+    for (int64_t v = 0; v < kVecs && v * kWidth < c.count; ++v) {
+      const int64_t first = v * kWidth, count = c.count - first;
+      inverse<kDown, kAlong>(m + first, m_plane, out);
+      Moments& sum = sums[v];
+      if (kMoments && tile == 0) {
+        Vec pilot = Vec::load(out) + c.bias[v];
         if constexpr (kResidual) {
-          value = value + load_residual(s, residual, row0 + i, column0 + j, c.count);
+          pilot = pilot + load_residual(s, residual + first, row0, column0, count);
         }
-        value = value * scale;
-        store_channels(value, y + j * s.channels_out, c.count);
-        if constexpr (kMoments) {
-          const Vec d = value - sums.pilot;
-          sums.sum = sums.sum + d;
-          sums.square = mul_add(d, d, sums.square);
+        sum = {pilot * scale, Vec::zero(), Vec::zero()};
+      }
+      for (int64_t i = 0; i < rows; ++i) {
+        float* y = y_image + first + ((row0 + i) * s.width + column0) * s.channels_out;
+        for (int64_t j = 0; j < columns; ++j) {
+          Vec value = Vec::load(out + (i * kTileWidth + j) * kWidth) + c.bias[v];
+          if constexpr (kResidual) {
+            value = value + load_residual(s, residual + first, row0 + i, column0 + j, count);
+          }
+          value = value * scale;
+          store_channels(value, y + j * s.channels_out, count);
+          if constexpr (kMoments) {
+            const Vec d = value - sum.pilot;
+            sum.sum = sum.sum + d;
+            sum.square = mul_add(d, d, sum.square);
+          }
         }
       }
     }
   }
-  if constexpr (kMoments) *moments = sums;
+  if constexpr (kMoments) {
+    for (int64_t v = 0; v < kVecs; ++v) moments[v] = sums[v];
+  }
 }
 
 template <int kDown, int kAlong>
 void output(const Conv3x3Shape& s, const Conv3x3Tensors& t, const Conv3x3Block& block,
             int64_t chunk, int64_t begin, int64_t end) {
   const int64_t tiles_before = conv3x3_tiles_before(s, block.segment_begin);
+  Channels c;
+  c.first = chunk * kConvChunk;
+  c.count = s.channels_out - c.first < kConvChunk ? s.channels_out - c.first : kConvChunk;
+  for (int64_t v = 0; v < kVecs; ++v) {
+    const int64_t left = c.count - v * kWidth;
+    c.bias[v] = t.bias == nullptr || left <= 0 ? Vec::zero()
+                                               : load_channels(t.bias + c.first + v * kWidth, left);
+  }
   for (int64_t index = begin; index < end; ++index) {
     const Conv3x3Segment segment = conv3x3_segment(s, index);
     const int64_t tile = conv3x3_tiles_before(s, index) - tiles_before;
-    for (int64_t first = chunk * kConvChunk;
-         first < s.channels_out && first < (chunk + 1) * kConvChunk; first += kWidth) {
-      Channels c = {first, s.channels_out - first, Vec::zero()};
-      if (t.bias != nullptr) c.bias = load_channels(t.bias + first, c.count);
-      const float* m = block.m + tile * s.m_row + first;
-      if (t.moments == nullptr) {
-        if (t.residual == nullptr) {
-          output_segment<kDown, kAlong, false, false>(s, t, segment, c, m, block.m_plane, nullptr);
-        } else {
-          output_segment<kDown, kAlong, true, false>(s, t, segment, c, m, block.m_plane, nullptr);
-        }
-        continue;
-      }
-      Moments sums;
+    const float* m = block.m + tile * s.m_row + c.first;
+    if (t.moments == nullptr) {
       if (t.residual == nullptr) {
-        output_segment<kDown, kAlong, false, true>(s, t, segment, c, m, block.m_plane, &sums);
+        output_segment<kDown, kAlong, false, false>(s, t, segment, c, m, block.m_plane, nullptr);
       } else {
-        output_segment<kDown, kAlong, true, true>(s, t, segment, c, m, block.m_plane, &sums);
+        output_segment<kDown, kAlong, true, false>(s, t, segment, c, m, block.m_plane, nullptr);
       }
-      const Vec share = Vec::set1(1.0f / static_cast<float>(conv3x3_segment_pixels(s, segment)));
-      const Vec shift = sums.sum * share;
-      float* moments = t.moments + index * 2 * s.channels_out + first;
-      store_channels(sums.pilot + shift, moments, c.count);
-      store_channels(max(Vec::zero(), sums.square - sums.sum * shift), moments + s.channels_out,
-                     c.count);
+      continue;
+    }
+    Moments sums[kVecs];
+    if (t.residual == nullptr) {
+      output_segment<kDown, kAlong, false, true>(s, t, segment, c, m, block.m_plane, sums);
+    } else {
+      output_segment<kDown, kAlong, true, true>(s, t, segment, c, m, block.m_plane, sums);
+    }
+    const Vec share = Vec::set1(1.0f / static_cast<float>(conv3x3_segment_pixels(s, segment)));
+    float* moments = t.moments + index * 2 * s.channels_out + c.first;
+    for (int64_t v = 0; v < kVecs && v * kWidth < c.count; ++v, moments += kWidth) {
+      const int64_t left = c.count - v * kWidth;
+      const Vec shift = sums[v].sum * share;
+      store_channels(sums[v].pilot + shift, moments, left);
+      store_channels(max(Vec::zero(), sums[v].square - sums[v].sum * shift),
+                     moments + s.channels_out, left);
     }
   }
 }

@@ -130,8 +130,9 @@ inline void gemm_tile(int64_t depth, const float* a0, const float* a1, const flo
 // The same for any number of rows: a [rows, depth] with row stride lda, b [depth, kVecs * width]
 // and c with row stride kPanel. c has room for rows rounded up to kRows; the rows beyond `rows` get
 // copies of the last one, which leaves the column maxima as they are.
+// Not inlined: next to a softmax gcc keeps that one's constants in the registers and b in memory.
 template <Write kWrite, int kVecs>
-inline void gemm_rows(int64_t rows, int64_t depth, const float* a, int64_t lda, const float* b,
+[[gnu::noinline]] void gemm_rows(int64_t rows, int64_t depth, const float* a, int64_t lda, const float* b,
                       float* c, float* column) {
   for (int64_t i = 0; i < rows; i += kRows) {
     const float* a0 = a + i * lda;

@@ -132,8 +132,8 @@ inline void gemm_tile(int64_t depth, const float* a0, const float* a1, const flo
 // copies of the last one, which leaves the column maxima as they are.
 // Not inlined: next to a softmax gcc keeps that one's constants in the registers and b in memory.
 template <Write kWrite, int kVecs>
-[[gnu::noinline]] void gemm_rows(int64_t rows, int64_t depth, const float* a, int64_t lda, const float* b,
-                      float* c, float* column) {
+[[gnu::noinline]] void gemm_rows(int64_t rows, int64_t depth, const float* a, int64_t lda,
+                                 const float* b, float* c, float* column) {
   for (int64_t i = 0; i < rows; i += kRows) {
     const float* a0 = a + i * lda;
     const float* a1 = i + 1 < rows ? a0 + lda : a0;

@@ -58,7 +58,7 @@ void fill_row(const Conv3x3Shape& s, const Channels& c, int64_t row, int64_t fir
       // SiLU takes so long that few pixels are under way at a time: fetch those of the next row.
       const float* below = in + s.in_width * c.stride;
       for (int64_t i = begin; i < end; ++i) {
-        __builtin_prefetch(below + i * c.stride, 0, 2);
+        __builtin_prefetch(below + i * c.stride);
         for (int64_t v = 0; v < kVecs; ++v) {
           activate<kAffine, kSilu>(c, in + i * c.stride, v)
               .store(out + i * kConvChunk + v * kWidth);

@@ -154,7 +154,7 @@ void output_segment(const Conv3x3Shape& s, const Conv3x3Tensors& t, const Conv3x
     for (int64_t v = 0; v < kVecs && v * kWidth < c.count; ++v) {
       const int64_t first = v * kWidth, count = c.count - first;
       inverse<kDown, kAlong>(m + first, m_plane, out);
-      Moments& sum = sums[v];
+      [[maybe_unused]] Moments sum = sums[v];  // a copy, or gcc keeps it in memory
       if (kMoments && tile == 0) {
         Vec pilot = Vec::load(out) + c.bias[v];
         if constexpr (kResidual) {
@@ -178,6 +178,7 @@ void output_segment(const Conv3x3Shape& s, const Conv3x3Tensors& t, const Conv3x
           }
         }
       }
+      if constexpr (kMoments) sums[v] = sum;
     }
   }
   if constexpr (kMoments) {

@@ -92,8 +92,7 @@ template <int kRows, int kColumns, bool kFew>
   const float* next_b = t.next_b;
   const int64_t step = t.next_b_step;
   alignas(64) float sums[kRows * kPanel];
-#define ADM_RT_FOR_ROWS(DO) \
-  DO(0) DO(1) DO(2) DO(3) DO(4) DO(5) DO(6) DO(7) DO(8) DO(9) DO(10) DO(11)
+#define ADM_RT_FOR_ROWS(DO) DO(0) DO(1) DO(2) DO(3) DO(4) DO(5) DO(6) DO(7)
 #define ADM_RT_ROW(i)                                                   \
   [[maybe_unused]] const float* a##i = t.a + (i < kRows ? i : 0) * lda; \
   [[maybe_unused]] Vec c##i##0, c##i##1;
@@ -228,14 +227,6 @@ template <int kColumns, bool kFew>
       return compute<7, kColumns, kFew>(t);
     case 8:
       return compute<8, kColumns, kFew>(t);
-    case 9:
-      return compute<9, kColumns, kFew>(t);
-    case 10:
-      return compute<10, kColumns, kFew>(t);
-    case 11:
-      return compute<11, kColumns, kFew>(t);
-    case 12:
-      return compute<12, kColumns, kFew>(t);
 #endif
   }
 }

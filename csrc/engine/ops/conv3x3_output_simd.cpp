@@ -145,7 +145,6 @@ void output_segment(const Conv3x3Shape& s, const Conv3x3Tensors& t, const Conv3x
   alignas(64) float out[kTileHeight * kTileWidth * kWidth];
   const int64_t row0 = segment.row * kTileHeight;
   const int64_t rows = s.height - row0 < kTileHeight ? s.height - row0 : kTileHeight;
-  Moments sums[kVecs];
   for (int64_t tile = 0; tile < segment.tiles; ++tile, m += s.m_row) {
     const int64_t column0 = (segment.column + tile) * kTileWidth;
     const int64_t columns = s.width - column0 < kTileWidth ? s.width - column0 : kTileWidth;
@@ -154,13 +153,17 @@ void output_segment(const Conv3x3Shape& s, const Conv3x3Tensors& t, const Conv3x
     for (int64_t v = 0; v < kVecs && v * kWidth < c.count; ++v) {
       const int64_t first = v * kWidth, count = c.count - first;
       inverse<kDown, kAlong>(m + first, m_plane, out);
-      [[maybe_unused]] Moments sum = sums[v];  // a copy, or gcc keeps it in memory
-      if (kMoments && tile == 0) {
-        Vec pilot = Vec::load(out) + c.bias[v];
-        if constexpr (kResidual) {
-          pilot = pilot + load_residual(s, residual + first, row0, column0, count);
+      [[maybe_unused]] Moments sum;  // not moments[v] itself, or gcc keeps it in memory
+      if constexpr (kMoments) {
+        if (tile > 0) {
+          sum = moments[v];
+        } else {
+          Vec pilot = Vec::load(out) + c.bias[v];
+          if constexpr (kResidual) {
+            pilot = pilot + load_residual(s, residual + first, row0, column0, count);
+          }
+          sum = {pilot * scale, Vec::zero(), Vec::zero()};
         }
-        sum = {pilot * scale, Vec::zero(), Vec::zero()};
       }
       for (int64_t i = 0; i < rows; ++i) {
         float* y = y_image + first + ((row0 + i) * s.width + column0) * s.channels_out;
@@ -178,11 +181,8 @@ void output_segment(const Conv3x3Shape& s, const Conv3x3Tensors& t, const Conv3x
           }
         }
       }
-      if constexpr (kMoments) sums[v] = sum;
+      if constexpr (kMoments) moments[v] = sum;
     }
-  }
-  if constexpr (kMoments) {
-    for (int64_t v = 0; v < kVecs; ++v) moments[v] = sums[v];
   }
 }
 

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "common/cpu_isa.h"
+#include "common/cpuid_limit.h"
 #include "common/thread_pool.h"
 
 namespace py = pybind11;
@@ -35,6 +36,10 @@ void bind_common(py::module_& module) {
       "The instruction sets that this CPU and this build have, the best one last.");
   module.def("cpu_has_bf16", &adm_rt::cpu_has_bf16,
              "Whether the CPU has AVX-512 bfloat16 dot products.");
+  module.def("limit_cpuid_to_avx2", &adm_rt::limit_cpuid_to_avx2,
+             "For benchmarks, before the libraries are loaded: from now on CPUID tells this thread "
+             "and those it starts of no AVX-512 and no AMX. False where the machine cannot hide "
+             "them (it takes Linux, x86-64 and CPUID faulting).");
   module.attr("compiler") = ADM_RT_COMPILER;
   module.attr("version") = ADM_RT_VERSION;
 }

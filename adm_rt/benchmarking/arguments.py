@@ -88,7 +88,8 @@ def add_sample(parser):
         "--isa",
         choices=("auto", "avx2"),
         default="auto",
-        help="avx2: nobody uses more, where that can be set (not in ONNX Runtime)",
+        help="avx2: nobody uses more (ONNX Runtime has no setting; it is kept from it where the "
+        "system can hide AVX-512 from a process)",
     )
     parser.add_argument(
         "--float64", action="store_true", help="also compare everybody with float64"

@@ -283,6 +283,7 @@ def _case_rows(model, case, workers, folders, args):
             "memory_mb": usage[name]["peak_mb"],
             "faults": faults / ((repeats[name] + warm) * args.rounds),
             "isa": usage[name]["isa"],
+            "limited": usage[name]["limited"],
         }
     _table(model, case, measured)
     return _rows(model, case, measured, args)
@@ -348,6 +349,7 @@ def _rows(model, case, measured, args):
         "processor": machine.processor(),
         "isa": measured[ours]["isa"],
         "isa_limit": args.isa,
+        "isa_limit_by_cpuid": all(m["limited"] for m in measured.values()),
         "versions": machine.versions(),
         "commit": machine.commit(),
     }

@@ -21,6 +21,7 @@ ALLOCATOR = {
     "MALLOC_TRIM_THRESHOLD_": "68719476736",
     "MALLOC_TOP_PAD_": "67108864",
 }
+# For libraries that ask; ``_limit`` is for those that do not.
 AVX2 = {
     "ADM_RT_CPU_ISA": "avx2",
     "ATEN_CPU_CAPABILITY": "avx2",
@@ -56,7 +57,7 @@ class Worker:
         with theirs:
             command = [sys.executable, "-m", "adm_rt.benchmarking.worker", str(theirs.fileno())]
             self._process = subprocess.Popen(
-                [*command, ",".join(map(str, cores))],
+                [*command, ",".join(map(str, cores)), isa],
                 env=environment(len(cores), isa, cache),
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
@@ -110,8 +111,9 @@ def _status(code):
 class _Server:
     """The methods that a ``Worker`` may call."""
 
-    def __init__(self):
+    def __init__(self, limited=False):
         self._contender = self._request = None
+        self._limited = limited
 
     def export(self, part, folder, file):
         """Write an ONNX graph."""
@@ -153,7 +155,8 @@ class _Server:
         return (now() - begin) / repeats
 
     def usage(self):
-        """Peak memory in MB, page faults so far, and what our kernels use if they are loaded."""
+        """Peak memory in MB, page faults so far, what our kernels use if they are loaded, and
+        whether the processor itself is kept to AVX2."""
         import resource
 
         peak = None
@@ -164,12 +167,26 @@ class _Server:
             pass
         faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         kernels = sys.modules.get("adm_rt._C")
-        return {"peak_mb": peak, "faults": faults, "isa": kernels and kernels.cpu_isa()}
+        return {
+            "peak_mb": peak,
+            "faults": faults,
+            "isa": kernels and kernels.cpu_isa(),
+            "limited": self._limited,
+        }
 
 
-def serve(connection):
+def _limit(isa):
+    """Whether the processor, asked by whatever library, now says that it has AVX2 at most."""
+    if isa != "avx2":
+        return False
+    from adm_rt.ops._library import extension
+
+    return extension().limit_cpuid_to_avx2()
+
+
+def serve(connection, limited=False):
     """Answer until the other side closes."""
-    server = _Server()
+    server = _Server(limited)
     while True:
         try:
             method, args = connection.recv()
@@ -189,4 +206,4 @@ def serve(connection):
 if __name__ == "__main__":
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {int(core) for core in sys.argv[2].split(",")})
-    serve(Connection(int(sys.argv[1])))
+    serve(Connection(int(sys.argv[1])), _limit(sys.argv[3]))

@@ -40,7 +40,9 @@ void hide_wide_vectors(unsigned leaf, unsigned subleaf, Registers& r) {
 }
 
 // Of the calling thread.
-long set_cpuid(bool allowed) { return syscall(SYS_arch_prctl, ARCH_SET_CPUID, allowed ? 1UL : 0UL); }
+long set_cpuid(bool allowed) {
+  return syscall(SYS_arch_prctl, ARCH_SET_CPUID, allowed ? 1UL : 0UL);
+}
 
 // CPUID faults: answers in its place. Anything else that faults does so again without us.
 void on_fault(int, siginfo_t*, void* context) {

@@ -131,13 +131,13 @@ void run_block(const AttentionBackwardHead& head, int64_t first, int64_t count, 
   pack_columns(grad, head.grad_row, count, d, panel, s.grad);
   pack_rows(q, head.row, count, d, panel, s.q_rows);
   pack_rows(grad, head.grad_row, count, d, panel, s.grad_rows);
-  gemm(keys, d, count, p, head.p_row, s.grad_rows, head.dv, head.partial_row, accumulate);
-  gemm(keys, count, d, head.v, head.row, s.grad, s.ds, s.ld, false);
+  gemm(keys, d, count, {p, head.p_row}, s.grad_rows, {head.dv, head.partial_row}, accumulate);
+  gemm(keys, count, d, {head.v, head.row}, s.grad, {s.ds, s.ld}, false);
   // The columns behind the last query are their own affair: whatever they hold is not read again.
   softmax_gradient(keys, round_up(count, kWidth), p, head.p_row, logit_scale(d), s);
-  gemm(keys, d, count, s.ds, s.ld, s.q_rows, head.dk, head.partial_row, accumulate);
+  gemm(keys, d, count, {s.ds, s.ld}, s.q_rows, {head.dk, head.partial_row}, accumulate);
   pack_rows(s.ds, s.ld, keys, count, panel, s.ds_b);
-  gemm(d, count, keys, s.k_t, s.ld_k, s.ds_b, s.dq_t, s.ld, false);
+  gemm(d, count, keys, {s.k_t, s.ld_k}, s.ds_b, {s.dq_t, s.ld}, false);
   transpose(s.dq_t, s.ld, d, count, head.dq + first * head.row, head.row);
 }
 

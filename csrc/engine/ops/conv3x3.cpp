@@ -43,15 +43,13 @@ constexpr int64_t kMinFastEdge = 64;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Floats from row to row of V or M: whole cache lines, and not so even a number of them that the
-// rows of a microkernel fall into the same sets of the cache.
-int64_t row_floats(int64_t channels) {
-  const int64_t floats = ceil_div(channels, 16) * 16;
-  return floats % 256 == 0 ? floats + 16 : floats;
+// Floats from chunk to chunk of V or M, and from plane to plane: whole cache lines, and not so even
+// a number of them that what is touched at once, the same tiles of many chunks by the products, of
+// all planes by the transforms, falls into the same sets of the cache.
+int64_t chunk_floats(int64_t tiles) { return (tiles + 8) * kConvChunk; }
+int64_t plane_floats(int64_t tiles, int64_t chunks) {
+  return ceil_div(chunks * chunk_floats(tiles), 1024) * 1024 + kConvChunk;
 }
-
-// The same for planes: the transforms touch all planes of a tile at once.
-int64_t plane_floats(int64_t tiles, int64_t row) { return ceil_div(tiles * row, 1024) * 1024 + 16; }
 
 // Sets the tile with the fewest products. A layer of few tiles waits for its weights, of which a
 // larger tile has more. By the layer's shape alone: an image must not depend on its batch.
@@ -167,9 +165,8 @@ class Conv3x3 : public Op {
     choose_tile(s, arguments.integer("fast", 0) != 0);
     s.strip_tiles = std::min(kConvSegmentPixels / s.tile_width / 2 * 2, s.tile_columns);
     s.segments = s.tile_rows * ceil_div(s.tile_columns, s.strip_tiles);
-    s.v_row = row_floats(channels_in);
-    s.m_row = row_floats(s.channels_out);
-    weight_plane_ = gemm_packed_floats(s.channels_out, channels_in, panel_width_);
+    depth_ = conv3x3_input_chunks(s) * kConvChunk;
+    weight_plane_ = gemm_packed_floats(s.channels_out, depth_, panel_width_);
     input_shape_ = s;
     if (s.resample == Resample::kNearestUp) {
       input_shape_.tile_height = input_shape_.tile_width = 2;
@@ -186,10 +183,9 @@ class Conv3x3 : public Op {
 
   void pack(const Weights& weights, float* packed) const override {
     const float* weight = weights.at("weight");
-    const int64_t channels_in = shape_.channels1 + shape_.channels2;
     parallel_for(ceil_div(shape_.channels_out, panel_width_), 1, [&](int64_t begin, int64_t end) {
       for (int64_t panel = begin; panel < end; ++panel) {
-        float* to = packed + panel * channels_in * panel_width_;
+        float* to = packed + panel * depth_ * panel_width_;
         ADM_RT_DISPATCH(conv3x3_weights(shape_, weight, panel * panel_width_, to, weight_plane_));
       }
     });
@@ -205,8 +201,8 @@ class Conv3x3 : public Op {
   // V and M of a block: whole segments, so up to a strip more than kBlockTiles.
   int64_t thread_floats() const override {
     const int64_t tiles = ceil_div(kBlockTiles, shape_.strip_tiles) * shape_.strip_tiles;
-    return input_shape_.planes() * plane_floats(tiles, shape_.v_row) +
-           shape_.planes() * plane_floats(tiles, shape_.m_row);
+    return input_shape_.planes() * plane_floats(tiles, conv3x3_input_chunks(shape_)) +
+           shape_.planes() * plane_floats(tiles, conv3x3_output_chunks(shape_));
   }
 
   void run(const RunContext& context) const override {
@@ -257,8 +253,9 @@ class Conv3x3 : public Op {
     block.segment_begin = segment_begin;
     block.segment_end = segment_end;
     block.tiles = conv3x3_tiles_before(s, segment_end) - conv3x3_tiles_before(s, segment_begin);
-    block.v_plane = plane_floats(block.tiles, s.v_row);
-    block.m_plane = plane_floats(block.tiles, s.m_row);
+    block.chunk = chunk_floats(block.tiles);
+    block.v_plane = plane_floats(block.tiles, conv3x3_input_chunks(s));
+    block.m_plane = plane_floats(block.tiles, conv3x3_output_chunks(s));
     block.v = thread_scratch(input_shape_.planes() * block.v_plane + s.planes() * block.m_plane);
     block.m = block.v + input_shape_.planes() * block.v_plane;
 
@@ -274,7 +271,6 @@ class Conv3x3 : public Op {
       }
     });
 
-    const int64_t channels_in = s.channels1 + s.channels2;
     const int64_t panels = ceil_div(s.channels_out, panel_width_);
     parallel_for(s.planes() * panels, 1, [&](int64_t begin, int64_t end) {
       while (begin < end) {  // the panels of one plane
@@ -283,10 +279,10 @@ class Conv3x3 : public Op {
         const int64_t column = panel * panel_width_;
         const int64_t columns = std::min(s.channels_out - column, (stop - begin) * panel_width_);
         const float* v = input_plane(block, plane);
-        ADM_RT_DISPATCH(gemm(block.tiles, columns, channels_in, v, s.v_row,
-                             packed + plane * weight_plane_ + column * channels_in,
-                             block.m + plane * block.m_plane + column, s.m_row, false,
-                             GemmChains::kPrecise,
+        float* m = block.m + plane * block.m_plane + column / kConvChunk * block.chunk;
+        ADM_RT_DISPATCH(gemm(block.tiles, columns, depth_, {v, kConvChunk, block.chunk},
+                             packed + plane * weight_plane_ + column * depth_,
+                             {m, kConvChunk, block.chunk}, false, GemmChains::kPrecise,
                              stop < end ? input_plane(block, plane + 1) : nullptr));
         begin = stop;
       }
@@ -355,6 +351,7 @@ class Conv3x3 : public Op {
   const int64_t panel_width_;
   Conv3x3Shape shape_;
   Conv3x3Shape input_shape_;  // as the input transform sees it
+  int64_t depth_ = 0;         // of the products: input channels, every chunk a whole one
   int64_t weight_plane_ = 0;  // floats of a plane of packed weights
 };
 

@@ -146,9 +146,8 @@ void columns_down(float* const* rows, int64_t columns, float* out) {
   }
 }
 
-template <int kTile, bool kWhole>
-void rows_along(const float* in, int64_t rows, int64_t tiles, int64_t count, float* v,
-                int64_t v_row, int64_t v_plane) {
+template <int kTile>
+void rows_along(const float* in, int64_t rows, int64_t tiles, float* v, int64_t v_plane) {
   constexpr int kSize = kTile + 2;
   for (int64_t r = 0; r < rows; ++r, in += kRowFloats, v += kSize * v_plane) {
     for (int64_t tile = 0; tile < tiles; ++tile) {
@@ -159,27 +158,19 @@ void rows_along(const float* in, int64_t rows, int64_t tiles, int64_t count, flo
         ADM_RT_UNROLL
         for (int i = 0; i < kSize; ++i) d[i] = Vec::load(from + i * kConvChunk);
         transform<kTile>(d, out);
-        float* to = v + tile * v_row + vec * kWidth;
-        const int left = static_cast<int>(count - vec * kWidth);
+        float* to = v + tile * kConvChunk + vec * kWidth;
         ADM_RT_UNROLL
-        for (int i = 0; i < kSize; ++i) {
-          if constexpr (kWhole) {
-            out[i].storeu(to + i * v_plane);
-          } else {
-            if (left > 0) out[i].store_partial(to + i * v_plane, left);
-          }
-        }
+        for (int i = 0; i < kSize; ++i) out[i].store(to + i * v_plane);
       }
     }
   }
 }
 
 // Stores wait for their lines: so many planes apart, the hardware fetches none ahead.
-inline void fetch_planes(const float* v, int64_t planes, int64_t tiles, int64_t v_plane,
-                         int64_t v_row) {
+inline void fetch_planes(const float* v, int64_t planes, int64_t tiles, int64_t v_plane) {
   for (int64_t plane = 0; plane < planes; ++plane) {
     for (int64_t tile = 0; tile < tiles; ++tile) {
-      __builtin_prefetch(v + plane * v_plane + tile * v_row, 1, 2);
+      __builtin_prefetch(v + plane * v_plane + tile * kConvChunk, 1, 2);
     }
   }
 }
@@ -227,19 +218,17 @@ void input(const Conv3x3Shape& s, const Conv3x3Tensors& t, const Conv3x3Block& b
       for (int64_t r = 0; r < kRows; ++r) old[r] = rows[r];
       for (int64_t r = 0; r < kRows; ++r) rows[r] = old[(r + kTileHeight) % kRows];
     }
-    float* v = block.v + (conv3x3_tiles_before(s, index) - tiles_before) * s.v_row + joined;
+    const int64_t tile = conv3x3_tiles_before(s, index) - tiles_before;
+    float* v = block.v + chunk * block.chunk + tile * kConvChunk;
     for (int64_t r = have; r < kRows; ++r) {
       const int64_t before = (r - have) * kRows / (kRows - have) * kColumns;
       const int64_t after = (r - have + 1) * kRows / (kRows - have) * kColumns;
-      fetch_planes(v + before * block.v_plane, after - before, segment.tiles, block.v_plane,
-                   s.v_row);
+      fetch_planes(v + before * block.v_plane, after - before, segment.tiles, block.v_plane);
       fill(s, c, t.affine != nullptr, segment.row * kTileHeight - 1 + r,
            segment.column * kTileWidth - 1, columns, rows[r]);
     }
     columns_down<kTileHeight>(rows, columns, down);
-    const auto along =
-        c.count == kConvChunk ? rows_along<kTileWidth, true> : rows_along<kTileWidth, false>;
-    along(down, kRows, segment.tiles, c.count, v, s.v_row, block.v_plane);
+    rows_along<kTileWidth>(down, kRows, segment.tiles, v, block.v_plane);
   }
 }
 

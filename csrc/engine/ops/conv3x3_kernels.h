@@ -5,18 +5,21 @@
 // numbered image by image, strip by strip, downwards, so that neighbours in number share two rows
 // of input. A block is a range of segments whose transformed inputs (V) and products (M) stay in
 // cache:
-//   V[plane][tile of the block][channel of x, then of x2]
-//   M[plane][tile of the block][channel of y]
+//   V[plane][chunk of x, then of x2][tile of the block][channel of the chunk]
+//   M[plane][chunk of y][tile of the block][channel of the chunk]
+// with zeros behind the last channel of x and of x2.
 // Up-sampled images are transformed as they were before: the input side sees the shape of an F(2x2)
 // on x, which has as many tiles.
 #pragma once
 
 #include <cstdint>
 
+#include "engine/gemm.h"
+
 namespace adm_rt {
 
-// Channels that the transforms take at a time: one cache line.
-constexpr int64_t kConvChunk = 16;
+// Channels that the transforms take at a time: one cache line, and a chunk of gemm.h.
+constexpr int64_t kConvChunk = kGemmChunk;
 // The widest segment, in pixels of the output.
 constexpr int64_t kConvSegmentPixels = 36;
 
@@ -36,8 +39,7 @@ struct Conv3x3Shape {
   int64_t products_down = 6, products_along = 6;  // of a tile
   int64_t tile_rows = 0, tile_columns = 0;
   int64_t strip_tiles = 0;
-  int64_t segments = 0;          // of an image
-  int64_t v_row = 0, m_row = 0;  // floats per tile of V and M
+  int64_t segments = 0;  // of an image
 
   int64_t planes() const { return products_down * products_along; }
 };
@@ -59,7 +61,8 @@ struct Conv3x3Block {
   int64_t tiles = 0;
   float* v = nullptr;
   float* m = nullptr;
-  int64_t v_plane = 0, m_plane = 0;  // floats from plane to plane
+  int64_t chunk = 0;                 // floats from chunk to chunk
+  int64_t v_plane = 0, m_plane = 0;  // and from plane to plane
 };
 
 struct Conv3x3Segment {
@@ -110,9 +113,9 @@ static inline int64_t conv3x3_output_chunks(const Conv3x3Shape& s) {
   /* y, and the moments, of output chunk `chunk` for segments [begin, end). */                    \
   void conv3x3_output(const Conv3x3Shape& s, const Conv3x3Tensors& t, const Conv3x3Block& block,  \
                       int64_t chunk, int64_t begin, int64_t end);                                 \
-  /* One panel of transformed weights for every plane: packed[plane][channel_in][j] for output    \
-     channel first + j, zero behind the last; `plane` floats from plane to plane. weights is      \
-     [channels_out, channels_in, 3, 3]. */                                                        \
+  /* One panel of transformed weights for every plane: packed[plane][channel of the chunks of x   \
+     and x2][j] for output channel first + j, zero behind the last channels; `plane` floats from  \
+     plane to plane. weights is [channels_out, channels_in, 3, 3]. */                             \
   void conv3x3_weights(const Conv3x3Shape& s, const float* weights, int64_t first, float* packed, \
                        int64_t plane);                                                            \
   }

@@ -145,10 +145,10 @@ void output_segment(const Conv3x3Shape& s, const Conv3x3Tensors& t, const Conv3x
   alignas(64) float out[kTileHeight * kTileWidth * kWidth];
   const int64_t row0 = segment.row * kTileHeight;
   const int64_t rows = s.height - row0 < kTileHeight ? s.height - row0 : kTileHeight;
-  for (int64_t tile = 0; tile < segment.tiles; ++tile, m += s.m_row) {
+  for (int64_t tile = 0; tile < segment.tiles; ++tile, m += kConvChunk) {
     const int64_t column0 = (segment.column + tile) * kTileWidth;
     const int64_t columns = s.width - column0 < kTileWidth ? s.width - column0 : kTileWidth;
-    fetch_tile<kDown, kAlong, kResidual>(s, m + s.m_row, m_plane, y_image, residual, row0,
+    fetch_tile<kDown, kAlong, kResidual>(s, m + kConvChunk, m_plane, y_image, residual, row0,
                                          column0 + kTileWidth);
     for (int64_t v = 0; v < kVecs && v * kWidth < c.count; ++v) {
       const int64_t first = v * kWidth, count = c.count - first;
@@ -201,7 +201,7 @@ void output(const Conv3x3Shape& s, const Conv3x3Tensors& t, const Conv3x3Block& 
   for (int64_t index = begin; index < end; ++index) {
     const Conv3x3Segment segment = conv3x3_segment(s, index);
     const int64_t tile = conv3x3_tiles_before(s, index) - tiles_before;
-    const float* m = block.m + tile * s.m_row + c.first;
+    const float* m = block.m + chunk * block.chunk + tile * kConvChunk;
     if (t.moments == nullptr) {
       if (t.residual == nullptr) {
         output_segment<kDown, kAlong, false, false>(s, t, segment, c, m, block.m_plane, nullptr);

@@ -41,12 +41,14 @@ inline void transform(const double (&g)[3][kLanes], double (&out)[kUpProducts][k
   }
 }
 
+// Of `channels` input channels, zeros behind them up to a whole chunk. Returns the end of `packed`.
 template <int kDown, int kAlong>
-void weights_lanes(const float* weights, int64_t channels_in, int64_t lanes, float* packed,
-                   int64_t panel_width, int64_t plane) {
-  for (int64_t k = 0; k < channels_in; ++k, packed += panel_width) {
+float* weights_lanes(const float* weights, int64_t channels_in, int64_t channels, int64_t lanes,
+                     float* packed, int64_t panel_width, int64_t plane) {
+  const int64_t rows = (channels + kConvChunk - 1) / kConvChunk * kConvChunk;
+  for (int64_t k = 0; k < rows; ++k, packed += panel_width) {
     double g[3][3][kLanes] = {};  // [column][row]
-    for (int64_t j = 0; j < lanes; ++j) {
+    for (int64_t j = 0; j < (k < channels ? lanes : 0); ++j) {
       const float* from = weights + (j * channels_in + k) * 9;
       for (int i = 0; i < 9; ++i) g[i % 3][i / 3][j] = from[i];
     }
@@ -67,6 +69,7 @@ void weights_lanes(const float* weights, int64_t channels_in, int64_t lanes, flo
       }
     }
   }
+  return packed;
 }
 
 }  // namespace
@@ -79,7 +82,10 @@ void conv3x3_weights(const Conv3x3Shape& s, const float* weights, int64_t first,
     int64_t lanes = s.channels_out - first - lane;
     lanes = lanes < 0 ? 0 : lanes < kLanes ? lanes : kLanes;
     with_products(s.products_down, s.products_along, [&](auto kDown, auto kAlong) {
-      weights_lanes<kDown, kAlong>(from, channels_in, lanes, packed + lane, panel_width, plane);
+      float* to = weights_lanes<kDown, kAlong>(from, channels_in, s.channels1, lanes, packed + lane,
+                                               panel_width, plane);
+      weights_lanes<kDown, kAlong>(from + s.channels1 * 9, channels_in, s.channels2, lanes, to,
+                                   panel_width, plane);
     });
   }
 }

@@ -132,8 +132,8 @@ class Im2colConvolution : public Op {
     float* y = context.output(y_) + begin * to_.channels;
     const float* bias =
         has_bias_ ? context.packed + gemm_packed_floats(to_.channels, depth_, panel_) : nullptr;
-    ADM_RT_DISPATCH(gemm(end - begin, to_.channels, depth_, patches, depth_, context.packed, y,
-                         to_.channels, false));
+    ADM_RT_DISPATCH(gemm(end - begin, to_.channels, depth_, {patches, depth_}, context.packed,
+                         {y, to_.channels}, false));
     ADM_RT_DISPATCH(
         finish_rows(end - begin, to_.channels, y, to_.channels, bias, nullptr, 0, 1.0f));
   }

@@ -158,8 +158,8 @@ class Linear : public Op {
       const int64_t stop = std::min(panel_end, panel + kGroupPanels) * panel_;
       const int64_t count = std::min(stop, columns_) - column;
       float* y = context.output(y_) + begin * columns_ + column;
-      ADM_RT_DISPATCH(gemm(end - begin, count, depth_, a, depth_, context.packed + column * depth_,
-                           y, columns_, false));
+      ADM_RT_DISPATCH(gemm(end - begin, count, depth_, {a, depth_},
+                           context.packed + column * depth_, {y, columns_}, false));
       ADM_RT_DISPATCH(
           finish_rows(end - begin, count, y, columns_, bias == nullptr ? nullptr : bias + column,
                       residual == nullptr ? nullptr : residual + begin * columns_ + column,

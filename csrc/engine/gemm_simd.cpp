@@ -49,16 +49,16 @@ constexpr int64_t kPlainChain = ADM_RT_ISA_LEVEL == 1 ? 192 : 64;
 constexpr int64_t kPreciseChain = ADM_RT_ISA_LEVEL == 1 ? 96 : 48;
 
 struct Tile {
-  int64_t depth;              // steps
-  int64_t chain;              // steps of them that are one chain, a multiple of kLine
   GemmMatrix<const float> a;  // from the first of the rows on
-  const float* b;
-  const float* next_a;  // the rows of the following tile, prefetched on the way
-  const float* next_b;  // what follows in B and is this tile's to prefetch
-  int64_t next_b_step;  // floats of it per kLine steps, or per kFewSteps
   GemmMatrix<float> c;
-  int64_t columns;  // of C, <= kPanel
-  bool accumulate;
+  int64_t depth = 0;  // steps
+  int64_t chain = 0;  // steps of them that are one chain, a multiple of kLine
+  const float* b = nullptr;
+  const float* next_a = nullptr;  // the rows of the following tile, prefetched on the way
+  const float* next_b = nullptr;  // what follows in B and is this tile's to prefetch
+  int64_t next_b_step = 0;        // floats of it per kLine steps, or per kFewSteps
+  int64_t columns = 0;            // of C, <= kPanel
+  bool accumulate = false;
 };
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -254,13 +254,12 @@ void gemm(int64_t m, int64_t n, int64_t k, GemmMatrix<const float> a, const floa
   // Tiles of nearly equal height: a last tile of one row would run at a fraction of the speed.
   const int64_t tiles = m >= kTwoTiles && m <= kMaxRows ? 2 : ceil_div(m, kMaxRows);
   const int64_t chains = ceil_div(k, most_chain);
-  Tile t;
+  // From a and c: a constructor without them would be a symbol that instruction sets share.
+  Tile t{a, c};
   t.chain = ceil_div(k, chains * kLine) * kLine;
   const int64_t together = kManyChains && t.chain < kVisitDepth ? kVisitDepth / t.chain : 1;
   const int64_t visits = ceil_div(chains, together);
   const int64_t depth = ceil_div(chains, visits) * t.chain;
-  t.a = a;
-  t.c = c;
   const bool few = tiles <= kFewTiles;
   const int64_t floats_a = (m - 1) * a.row + (ceil_div(k, kLine) - 1) * a.chunk + kLine;
   const float* following_end = following == nullptr ? nullptr : following + floats_a;
